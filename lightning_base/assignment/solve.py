@@ -1,0 +1,159 @@
+"""The public function: checks the scores, calls one solver, measures its answer.
+
+Shape suffixes: T tokens, E experts, K experts per token.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float64, Int64
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lightning_base.assignment.problem import Loads, dual_bound, even_loads, given_loads
+
+
+class Assignment(NamedTuple):
+    """An expert for every token, and what is known about how good that is."""
+
+    expert: Int64[Tensor, "T"] | Int64[Tensor, "T k"]
+    """[T], or [T, k] when k > 1, on the device of the scores."""
+    prices: Float64[Tensor, "E"]
+    """The dual solution, mean 0 over the experts: a warm start for the next call."""
+    objective: float
+    """Sum of the scores of the chosen pairs, in double precision."""
+    gap: float | None
+    """Dual bound minus objective: 0 up to rounding if optimal. None unless asked for."""
+
+
+class Answer(NamedTuple):
+    """What a solver returns: experts [T, k] and prices [E] (None where it has none)."""
+
+    expert: Tensor
+    prices: Tensor | None
+
+
+def _transport(scores_TE: Tensor, loads: Loads, start_E: Tensor | None, **options: Any) -> Answer:
+    from lightning_base.assignment.transport import solve_transport  # Numba takes a second to import
+
+    start = None if start_E is None else start_E.cpu().numpy()
+    expert, prices = solve_transport(scores_TE.cpu(), loads, start, **options)
+    return Answer(torch.from_numpy(expert), torch.from_numpy(prices))
+
+
+def _oracle(scores_TE: Tensor, loads: Loads, start_E: Tensor | None) -> Answer:
+    from lightning_base.assignment.oracle import solve_oracle
+
+    return Answer(torch.from_numpy(solve_oracle(scores_TE.double().cpu().numpy(), loads))[:, None], None)
+
+
+def _greedy(scores_TE: Tensor, loads: Loads, start_E: Tensor | None) -> Answer:
+    return Answer(scores_TE.topk(loads.k, dim=1).indices, None)
+
+
+SOLVERS: Mapping[str, Callable[..., Answer]] = {
+    "transport": _transport,
+    "oracle": _oracle,
+    "greedy": _greedy,
+}
+
+
+def balanced_assignment(
+    scores: Float[Tensor, "T E"],
+    *,
+    solver: str = "transport",
+    capacities: Sequence[int] | NDArray[np.integer] | Tensor | None = None,
+    prices: Float[Tensor, "E"] | None = None,
+    k: int = 1,
+    certificate: bool = False,
+    **options: Any,
+) -> Assignment:
+    """Assign every token to k distinct experts so that the sum of scores is largest and the loads are balanced.
+
+    Args:
+        scores: [T, E], any float dtype, device and strides; -inf forbids a pair. No gradient flows.
+        solver: one of `SOLVERS`.
+        capacities: [E] tokens for each expert, summing to T k. Default: floor or ceil of T k / E, where the experts that
+            get the ceil are part of the optimum.
+        prices: [E] prices of an earlier call on similar scores: a warm start, never a change of the optimum.
+        k: experts per token.
+        certificate: also compute the duality gap (one more pass over the scores).
+        options: passed on to the solver.
+
+    Raises:
+        ValueError: unknown solver; k outside 1..E; capacities that do not fit; NaN or +inf in the scores (the row is
+            named); forbidden pairs that leave no assignment; k > 1 with a solver that has none.
+    """
+    if solver not in SOLVERS:
+        raise ValueError(f"solver: {solver!r} is not one of {', '.join(SOLVERS)}")
+    T, E = scores.shape
+    if E == 0:
+        raise ValueError("scores: at least one expert is needed, got shape " + str(tuple(scores.shape)))
+    if not 1 <= k <= E:
+        raise ValueError(f"k: between 1 and the number of experts, {E}, is needed, got {k}")
+    if k > 1 and solver not in ("transport", "greedy"):
+        raise ValueError(f"k: solver {solver!r} assigns one expert per token, got k = {k}; use 'transport'")
+    loads = even_loads(T, E, k) if capacities is None else given_loads(capacities, T, E, k)
+    scores = scores.detach()
+    _check(scores)
+    open_E = torch.from_numpy(loads.base + (loads.bonus > 0) > 0).to(scores.device)
+    if prices is not None:
+        prices = _checked_prices(prices, E)
+    if T == 0:
+        answer = Answer(torch.empty(0, k, dtype=torch.int64), None)
+    elif solver == "greedy" or bool(open_E.all()):
+        answer = SOLVERS[solver](scores, loads, prices, **options)
+    else:
+        answer = _without_closed(SOLVERS[solver], scores, loads, prices, open_E, options)
+    expert = answer.expert.to(scores.device)
+    found = torch.zeros(E, dtype=torch.float64) if answer.prices is None else answer.prices.to("cpu", torch.float64)
+    found = (found - found.mean()).to(scores.device)
+    objective = float(scores.gather(1, expert).double().sum()) if T else 0.0
+    gap = dual_bound(scores, found, loads) - objective if certificate else None
+    return Assignment(expert if k > 1 else expert[:, 0], found, objective, gap)
+
+
+def _check(scores_TE: Tensor) -> None:
+    """NaN and +inf are errors that name the first row; everything else is a score or a forbidden pair."""
+    if scores_TE.numel() == 0:
+        return
+    largest = float(scores_TE.amax())
+    if math.isfinite(largest) or largest == -math.inf:
+        return
+    name = "NaN" if math.isnan(largest) else "+inf"
+    bad = scores_TE.isnan() if math.isnan(largest) else scores_TE == math.inf
+    row, expert = bad.nonzero()[0].tolist()
+    raise ValueError(f"scores: {name} in row {row} (token {row}, expert {expert}); finite scores or -inf are needed")
+
+
+def _checked_prices(prices_E: Tensor, num_experts: int) -> Tensor:
+    if prices_E.shape != (num_experts,):
+        raise ValueError(f"prices: shape ({num_experts},) is needed, got {tuple(prices_E.shape)}")
+    if not bool(prices_E.isfinite().all()):
+        raise ValueError("prices: finite numbers are needed, got " + str(prices_E.tolist()))
+    return prices_E.detach().double()
+
+
+def _without_closed(
+    solve: Callable[..., Answer],
+    scores_TE: Tensor,
+    loads: Loads,
+    start_E: Tensor | None,
+    open_E: Tensor,
+    options: dict[str, Any],
+) -> Answer:
+    """Solve without the experts of capacity 0, then price them so high that no token wants them."""
+    index = open_E.nonzero()[:, 0]
+    inner = Loads(loads.base[index.cpu().numpy()], loads.bonus, loads.k)
+    if loads.k > len(index):
+        raise ValueError(f"capacities: only {len(index)} experts are open, but every token needs k = {loads.k}")
+    answer = solve(scores_TE[:, index], inner, None if start_E is None else start_E.to(index.device)[index], **options)
+    prices = torch.zeros(len(index), dtype=torch.float64) if answer.prices is None else answer.prices.cpu()
+    rows = scores_TE.double().cpu()
+    worst_T = (rows[:, index.cpu()] - prices).topk(loads.k, dim=1).values[:, -1]
+    full = (rows - worst_T[:, None]).amax(0).nan_to_num(neginf=0.0)  # forbidden to every token: any price will do
+    full[index.cpu()] = prices
+    return Answer(index.to(answer.expert.device)[answer.expert], full)
