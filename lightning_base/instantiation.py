@@ -1,0 +1,117 @@
+"""From ``_target_`` in a configuration to an object, held against an allow-list: a config file is data, not code."""
+
+import difflib
+import importlib
+import inspect
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+from beartype.door import is_bearable
+
+# Classes outside this package that a configuration may name, besides everything in ``lightning_base``.
+ALLOWED = (
+    "pytorch_lightning.callbacks.EarlyStopping",
+    "pytorch_lightning.callbacks.LearningRateMonitor",
+    "pytorch_lightning.callbacks.StochasticWeightAveraging",
+    "torch.optim.Adam",
+    "torch.optim.AdamW",
+    "torch.optim.SGD",
+)
+
+
+class ConfigError(ValueError):
+    """One sentence that names the key, what was given and what would do."""
+
+
+def resolve(target: str, key: str, base: type) -> type:
+    """The class that ``target`` names, a subclass of ``base``.
+
+    Raises:
+        ConfigError: outside the allow-list, not there, or not such a class.
+    """
+    own = target.startswith("lightning_base.")
+    # Held against the list before the import too: importing a module runs it.
+    if not own and target not in ALLOWED:
+        raise ConfigError(
+            f"{key}._target_={target} is not allowed: name a class of lightning_base or one of {', '.join(ALLOWED)}"
+        )
+    module_name, _, name = target.rpartition(".")
+    try:
+        module = importlib.import_module(module_name)
+        found = getattr(module, name)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"{key}._target_={target} does not exist: {error}") from error
+    if own and not getattr(found, "__module__", "").startswith("lightning_base."):
+        raise ConfigError(f"{key}._target_={target} is not allowed: it only passes through lightning_base")
+    if not (inspect.isclass(found) and issubclass(found, base)):
+        raise ConfigError(f"{key}._target_={target} is not a {base.__name__}")
+    return found
+
+
+def instantiate(node: Mapping[str, Any], key: str, base: type, **given: Any) -> Any:
+    """Builds ``node["_target_"]`` with the other entries of ``node`` as keyword arguments, checked by its signature.
+
+    Args:
+        node: plain mapping from a resolved configuration.
+        key: where it stands in the configuration, for messages.
+        base: what the class must be.
+        given: arguments the program supplies; the class takes them or not.
+
+    Raises:
+        ConfigError: one sentence for whatever is wrong.
+    """
+    if not isinstance(node, Mapping) or "_target_" not in node:
+        raise ConfigError(f"{key} has no _target_: name the class to build")
+    found = resolve(str(node["_target_"]), key, base)
+    arguments = {name: value for name, value in node.items() if name != "_target_"}
+    parameters = inspect.signature(found).parameters
+    if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
+        check_arguments(arguments, found, key, hidden=set(given))
+        given = {name: value for name, value in given.items() if name in parameters}
+    try:
+        return found(**arguments, **given)
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def check_arguments(arguments: Mapping[str, Any], found: type, key: str, hidden: set[str]) -> None:
+    """Raises ConfigError for an argument that ``found`` does not take, lacks, or takes in another type."""
+    parameters = {n: p for n, p in inspect.signature(found).parameters.items() if n not in hidden}
+    hints = typing.get_type_hints(found.__init__)
+    for name, value in arguments.items():
+        if name not in parameters:
+            raise ConfigError(f"{key}.{name} is not an option of {found.__name__}{did_you_mean(name, parameters)}")
+        hint = hints.get(name, Any)
+        # YAML writes 1 for 1.0.
+        as_float = float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+        if not is_bearable(value, hint) and not is_bearable(as_float, hint):
+            raise ConfigError(f"{key}.{name}={value!r} should be {describe(hint)}")
+    missing = [n for n, p in parameters.items() if p.default is inspect.Parameter.empty and n not in arguments]
+    if missing:
+        raise ConfigError(f"{key}.{missing[0]} is missing: {found.__name__} needs it")
+
+
+def did_you_mean(name: str, known: Any) -> str:
+    """The end of a sentence that names the nearest known names, or all."""
+    near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
+    if near:
+        return f"; did you mean {' or '.join(near)}?"
+    return f"; choose one of {', '.join(sorted(known)) or '(it has none)'}"
+
+
+def describe(hint: Any) -> str:
+    """A type in words a configuration's author would use."""
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", type(None): "null"}
+    if hint in names:
+        return names[hint]
+    arguments = typing.get_args(hint)
+    if typing.get_origin(hint) is typing.Literal:
+        return " or ".join(map(str, arguments))
+    if typing.get_origin(hint) in (list, tuple):
+        return "a list" + (f" of {describe(arguments[0])}" if arguments else "")
+    if arguments:
+        return " or ".join(describe(a) for a in arguments)
+    return getattr(hint, "__name__", str(hint))

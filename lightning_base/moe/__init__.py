@@ -1,0 +1,7 @@
+"""The sparse layer: router, dispatch, experts, combine."""
+
+from lightning_base.moe.dispatch import Dispatcher
+from lightning_base.moe.experts import Experts
+from lightning_base.moe.layer import SparseLayer
+
+__all__ = ["Dispatcher", "Experts", "SparseLayer"]

@@ -1,0 +1,84 @@
+"""The experts: one architecture and one code path for every router.
+
+Shapes: A assignments sorted by expert, D width, H hidden width, E experts, S sublayers.
+"""
+
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+Activation = Literal["relu", "gelu", "silu"]
+ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
+
+
+class Experts(nn.Module):
+    """E expert networks f_e, each a stack of S residual blocks x + W2 act(W1 LayerNorm(x)) (Lewis et al. 2021, sec. 3).
+
+    LayerNorm has no gain of its own: W1 absorbs it. W2 starts at zero, so that every expert starts as the identity.
+
+    Args:
+        num_experts: E.
+        width: D.
+        hidden_width: H of each block.
+        sublayers: S.
+        activation: relu (the paper's), gelu or silu.
+    """
+
+    def __init__(
+        self, *, num_experts: int, width: int, hidden_width: int, sublayers: int = 1, activation: Activation = "relu"
+    ) -> None:
+        super().__init__()
+        for key, value in (("hidden_width", hidden_width), ("sublayers", sublayers)):
+            if value < 1:
+                raise ValueError(f"{key}={value}: an expert needs at least 1")
+        self.num_experts = num_experts
+        self.activation = ACTIVATIONS[activation]
+        self.w1 = nn.ParameterList(torch.empty(num_experts, width, hidden_width) for _ in range(sublayers))
+        self.w2 = nn.ParameterList(torch.empty(num_experts, hidden_width, width) for _ in range(sublayers))
+
+    def reset_parameters(self) -> None:
+        for w1 in self.w1:
+            # Expert by expert, so that the first experts of two layers agree whatever their number.
+            for expert in w1:
+                nn.init.normal_(expert, std=expert.shape[0] ** -0.5)
+        for w2 in self.w2:
+            nn.init.zeros_(w2)
+
+    def forward(self, tokens_AD: Float[Tensor, "A D"], counts: Int64[Tensor, " E"]) -> Float[Tensor, "A D"]:
+        """What each token's expert adds to it, f_e(x) - x.
+
+        Args:
+            tokens_AD: the tokens of expert 0, then of expert 1, ...
+            counts: tokens per expert, summing to A.
+        """
+        hidden_AD = tokens_AD
+        added_AD = torch.zeros_like(tokens_AD)
+        for w1, w2 in zip(self.w1, self.w2, strict=True):
+            normed_AD = F.layer_norm(hidden_AD, hidden_AD.shape[-1:])
+            inner_AH = self.activation(expert_matmul(normed_AD, w1, counts))
+            update_AD = expert_matmul(inner_AH, w2, counts)
+            added_AD = added_AD + update_AD
+            hidden_AD = hidden_AD + update_AD
+        return added_AD
+
+
+def expert_matmul(
+    x_AM: Float[Tensor, "A M"], weight_EMN: Float[Tensor, "E M N"], counts: Int64[Tensor, " E"]
+) -> Float[Tensor, "A N"]:
+    """Each row times the matrix of its expert: one batched matmul if counts are equal, else a grouped one."""
+    num_experts, _, width_out = weight_EMN.shape
+    if torch.is_autocast_enabled(x_AM.device.type):
+        # Autocast knows bmm but not grouped_mm; cast here, so that both paths compute in the same precision.
+        dtype = torch.get_autocast_dtype(x_AM.device.type)
+        x_AM, weight_EMN = x_AM.to(dtype), weight_EMN.to(dtype)
+    if len(x_AM) == 0:
+        # Keeps the weights in the graph: DDP waits for the gradient of every parameter.
+        return x_AM @ weight_EMN.sum(0)
+    if num_experts == 1:
+        return x_AM @ weight_EMN[0]
+    if bool((counts == counts[0]).all()):
+        return torch.bmm(x_AM.view(num_experts, -1, x_AM.shape[1]), weight_EMN).view(-1, width_out)
+    return F.grouped_mm(x_AM.contiguous(), weight_EMN, offs=counts.cumsum(0).to(torch.int32))

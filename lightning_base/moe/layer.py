@@ -1,0 +1,77 @@
+"""The sparse layer, whole.
+
+Shapes: B sequences, L positions, D width, T tokens that are not padding.
+"""
+
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_base.moe.dispatch import Dispatcher
+from lightning_base.moe.experts import Experts
+from lightning_base.routing.plan import RoutingGroups, RoutingPlan
+from lightning_base.routing.router import Router
+
+
+class SparseLayer(nn.Module):
+    """h + sum over the token's experts of weight * (f_e(h) - h); with one expert and a sigmoid gate, BASE's eq. 1.
+
+    Padding is taken out before routing: it never counts and never takes a slot, and passes through unchanged.
+
+    Args:
+        router: decides.
+        experts: compute.
+        routing_group: sequences that are routed together.
+        router_norm: the router sees LayerNorm(h), without gain, instead of h.
+    """
+
+    def __init__(self, router: Router, experts: Experts, *, routing_group: int, router_norm: bool = True) -> None:
+        super().__init__()
+        if router.num_experts != experts.num_experts:
+            raise ValueError(f"the router has {router.num_experts} experts, the layer {experts.num_experts}")
+        if routing_group < 1:
+            raise ValueError(f"routing_group={routing_group}: a routing group is at least 1 sequence")
+        self.router = router
+        self.experts = experts
+        self.routing_group = routing_group
+        self.router_norm = router_norm
+
+    def forward(
+        self,
+        hidden: Float[Tensor, "B L D"],
+        token_ids: Int64[Tensor, "B L"],
+        valid: Bool[Tensor, "B L"] | None = None,
+    ) -> tuple[Float[Tensor, "B L D"], RoutingPlan]:
+        """Hidden states after the layer, and the plan that was carried out.
+
+        Args:
+            hidden: [B, L, D].
+            token_ids: [B, L].
+            valid: [B, L], False for padding; None if there is none.
+        """
+        flat_TD, ids_T = hidden.flatten(0, 1), token_ids.flatten()
+        groups = self._groups(hidden.shape[0], hidden.shape[1], valid)
+        where = None if valid is None else valid.flatten().nonzero().squeeze(1)
+        tokens_TD = flat_TD if where is None else flat_TD[where]
+        ids_T = ids_T if where is None else ids_T[where]
+
+        seen_TD = F.layer_norm(tokens_TD, tokens_TD.shape[-1:]) if self.router_norm else tokens_TD
+        plan = self.router(seen_TD, ids_T, groups)
+        dispatcher = Dispatcher(plan)
+        added_TD = dispatcher.combine(self.experts(dispatcher.dispatch(tokens_TD), dispatcher.counts))
+        added_TD = added_TD.to(flat_TD.dtype)
+        result_TD = flat_TD + added_TD if where is None else flat_TD.index_add(0, where, added_TD)
+        return result_TD.view_as(hidden), plan
+
+    def _groups(self, sequences: int, length: int, valid: Tensor | None) -> RoutingGroups:
+        per_sequence = [length] * sequences if valid is None else valid.sum(1).tolist()
+        step = self.routing_group
+        return RoutingGroups(tuple(sum(per_sequence[i : i + step]) for i in range(0, sequences, step)))
+
+
+def set_evaluation_mode(model: nn.Module, mode: str | None) -> None:
+    """Sets how the routers in ``model`` that know ``mode`` route in evaluation; None restores the default."""
+    for module in model.modules():
+        if isinstance(module, Router):
+            chosen = mode if mode in module.evaluation_modes else None
+            module.evaluation_mode = chosen or module.evaluation_modes[0]

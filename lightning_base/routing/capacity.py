@@ -1,0 +1,39 @@
+"""Capacity: which assignments an expert with limited slots keeps.
+
+Shapes: A assignments, G routing groups, E experts.
+"""
+
+import math
+
+import torch
+from jaxtyping import Bool, Int64
+from torch import Tensor
+
+from lightning_base.routing.plan import RoutingGroups
+
+
+def expert_capacity(groups: RoutingGroups, num_experts: int, top_k: int, capacity_factor: float) -> list[int]:
+    """Slots of one expert in each group: ceil(capacity_factor * T k / E) (Fedus et al. 2021, eq. 3)."""
+    # The product is rounded first: 1.1 * 10 is a hair over 11 in floating point and would buy a slot too many.
+    return [math.ceil(round(capacity_factor * size * top_k / num_experts, 9)) for size in groups.sizes]
+
+
+def within_capacity(
+    group_index: Int64[Tensor, " A"],
+    expert_index: Int64[Tensor, " A"],
+    capacity: Int64[Tensor, " G"],
+    num_experts: int,
+) -> Bool[Tensor, " A"]:
+    """True for the assignments kept when each expert serves its queue in the given order, group by group.
+
+    The order of the assignments is the priority: Switch and GShard serve by position in the group, all first choices
+    before any second choice.
+    """
+    queue = group_index * num_experts + expert_index
+    order = torch.argsort(queue, stable=True)
+    sorted_queue = queue[order]
+    counts = torch.bincount(queue, minlength=len(capacity) * num_experts)
+    starts = counts.cumsum(0) - counts
+    place = torch.empty_like(queue)
+    place[order] = torch.arange(len(queue), device=queue.device) - starts[sorted_queue]
+    return place < capacity[group_index]

@@ -1,0 +1,118 @@
+"""RoutingPlan: the one contract between the routers and everything else.
+
+Shapes: A assignments kept, T tokens, E experts, G routing groups.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
+
+import torch
+from jaxtyping import Float, Int64, Shaped
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class RoutingGroups:
+    """Which tokens are routed together: group g holds ``sizes[g]`` consecutive tokens.
+
+    Balance, capacities and load-balancing losses are computed inside one group, so that they do not depend on how many
+    groups a rank happens to hold.
+    """
+
+    sizes: tuple[int, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(self.sizes)
+
+    def index(self, device: torch.device | str = "cpu") -> Int64[Tensor, " T"]:
+        """The group of every token, [T]."""
+        groups = torch.arange(len(self.sizes), device=device)
+        sizes = torch.tensor(self.sizes, device=device, dtype=torch.int64)
+        return groups.repeat_interleave(sizes, output_size=self.num_tokens)
+
+    def split(self, tokens: Shaped[Tensor, "T *rest"]) -> Sequence[Tensor]:
+        """One view per group."""
+        return tokens.split(self.sizes)
+
+    def starts(self) -> list[int]:
+        """The first token of each group."""
+        return [0, *accumulate(self.sizes)][:-1]
+
+
+@dataclass(frozen=True)
+class RoutingPlan:
+    """What a router decided about T tokens and E experts, as a flat list of A assignments.
+
+    Top-1, top-k, dropped tokens and expert choice are all the same thing to the rest of the code: a token with no
+    assignment is left behind, one with several is combined by weight.
+
+    Args:
+        token_index: [A], which token.
+        expert_index: [A], to which expert.
+        weight: [A], the gate of the assignment; the router's gradient flows through it.
+        group_demand: [G, E], assignments that asked for each expert in each routing group, before any drop.
+        groups: the routing groups of the T tokens.
+        top_k: experts that every token asks for (the k of the load formulas).
+        capacity: [G], slots of one expert in each group; None if nothing is ever dropped.
+        losses: auxiliary losses by name, not yet multiplied by a coefficient: the module owns those.
+        aux: detached tensors that a callback may want to look at, e.g. ``probabilities`` [T, E].
+    """
+
+    token_index: Int64[Tensor, " A"]
+    expert_index: Int64[Tensor, " A"]
+    weight: Float[Tensor, " A"]
+    group_demand: Int64[Tensor, "G E"]
+    groups: RoutingGroups
+    top_k: int = 1
+    capacity: Int64[Tensor, " G"] | None = None
+    losses: dict[str, Tensor] = field(default_factory=dict)
+    aux: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def num_tokens(self) -> int:
+        return self.groups.num_tokens
+
+    @property
+    def num_experts(self) -> int:
+        return self.group_demand.shape[1]
+
+    @property
+    def demand(self) -> Int64[Tensor, " E"]:
+        """Tokens that asked for each expert, before any drop, [E]."""
+        return self.group_demand.sum(0)
+
+    @property
+    def group_load(self) -> Int64[Tensor, "G E"]:
+        """Tokens that each expert computes in each routing group, after the drop, [G, E]."""
+        return count_by_group(self.groups, self.num_experts, self.token_index, self.expert_index)
+
+    @property
+    def load(self) -> Int64[Tensor, " E"]:
+        """Tokens that each expert computes, after the drop, [E]."""
+        return torch.bincount(self.expert_index, minlength=self.num_experts)
+
+    @property
+    def tokens_left_behind(self) -> Int64[Tensor, ""]:
+        """Tokens without any expert, a scalar."""
+        reached = torch.zeros(self.num_tokens, dtype=torch.int64, device=self.token_index.device)
+        reached[self.token_index] = 1
+        return self.num_tokens - reached.sum()
+
+    def detached(self) -> "RoutingPlan":
+        """The same plan without its graph: what may outlive the step."""
+        losses = {name: loss.detach() for name, loss in self.losses.items()}
+        return replace(self, weight=self.weight.detach(), losses=losses)
+
+
+def count_by_group(
+    groups: RoutingGroups,
+    num_experts: int,
+    token_index: Int64[Tensor, " A"],
+    expert_index: Int64[Tensor, " A"],
+) -> Int64[Tensor, "G E"]:
+    """Assignments per routing group and expert, [G, E]."""
+    num_groups = len(groups.sizes)
+    flat = groups.index(token_index.device)[token_index] * num_experts + expert_index
+    return torch.bincount(flat, minlength=num_groups * num_experts).view(num_groups, num_experts)

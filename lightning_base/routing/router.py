@@ -1,0 +1,61 @@
+"""Router: what every routing algorithm is to the rest of the code."""
+
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from lightning_base.routing.plan import RoutingGroups, RoutingPlan
+
+
+class Router(nn.Module):
+    """Decides which tokens go to which experts.
+
+    To add a routing algorithm, subclass this in a file of its own in ``routing/`` and name the class in one file in
+    ``conf/router/``. Keyword arguments of ``__init__`` are the options a user may set there; the sparse layer adds
+    ``width``. Raise ``ValueError`` with one sentence for a value that cannot work. Parameters are drawn in
+    ``reset_parameters`` with torch's global generator, which the model seeds for each module by name.
+
+    Attributes:
+        num_experts: E.
+        top_k: experts a token asks for.
+        causal: False if a token's expert, weight or drop may depend on later tokens while training.
+        causal_in_evaluation: the same in evaluation mode.
+        loss_coefficients: the paper's coefficient of each auxiliary loss the router returns.
+        evaluation_modes: the ways this router can route in evaluation; the first is the default.
+    """
+
+    causal: ClassVar[bool] = True
+    causal_in_evaluation: ClassVar[bool] = True
+    loss_coefficients: ClassVar[dict[str, float]] = {}
+    evaluation_modes: ClassVar[tuple[str, ...]] = ("default",)
+
+    def __init__(self, *, num_experts: int, top_k: int = 1) -> None:
+        super().__init__()
+        if num_experts < 1:
+            raise ValueError(f"router.num_experts={num_experts}: a layer needs at least 1 expert")
+        if not 1 <= top_k <= num_experts:
+            raise ValueError(
+                f"router.top_k={top_k} with router.num_experts={num_experts}: "
+                f"a token can go to between 1 and {num_experts} experts"
+            )
+        self.num_experts = num_experts
+        self.top_k = top_k
+        self.evaluation_mode = self.evaluation_modes[0]
+
+    def check_group(self, tokens: int) -> None:
+        """Raises ValueError if a full training group of ``tokens`` tokens cannot be routed as promised."""
+        if self.num_experts > tokens:
+            raise ValueError(
+                f"router.num_experts={self.num_experts} exceeds the {tokens} tokens of a routing group "
+                "(data.routing_group x data.sequence_length): use fewer experts or a larger group"
+            )
+
+    def forward(self, tokens: Tensor, token_ids: Tensor, groups: RoutingGroups) -> RoutingPlan:
+        """Routes T tokens.
+
+        Args:
+            tokens: [T, D] float, without padding.
+            token_ids: [T] int64, their ids in the vocabulary.
+            groups: the routing groups, ``groups.num_tokens == T``.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not define forward")

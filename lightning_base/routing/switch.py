@@ -1,0 +1,80 @@
+"""Switch routing (Fedus, Zoph, Shazeer 2021, arXiv 2101.03961).
+
+Shapes: T tokens, D width, E experts.
+"""
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from lightning_base.routing.capacity import expert_capacity, within_capacity
+from lightning_base.routing.losses import load_balancing_loss
+from lightning_base.routing.plan import RoutingGroups, RoutingPlan, count_by_group
+from lightning_base.routing.router import Router
+
+
+class Switch(Router):
+    """Each token goes to the expert of its largest softmax probability, with that probability as the gate (eq. 1, 2).
+
+    An expert serves at most ceil(capacity_factor * T / E) tokens of a routing group, in the order of the tokens; the
+    rest is dropped and passes by on the residual. The load-balancing loss (eq. 4) keeps drops few.
+
+    Args:
+        num_experts: E.
+        width: D.
+        capacity_factor: slots per expert in training, relative to an even share; None drops nothing.
+        evaluation_capacity_factor: the same in evaluation.
+    """
+
+    loss_coefficients: ClassVar[dict[str, float]] = {"load_balancing_loss": 0.01}
+
+    def __init__(
+        self,
+        *,
+        num_experts: int,
+        width: int,
+        capacity_factor: float | None = 1.25,
+        evaluation_capacity_factor: float | None = 2.0,
+    ) -> None:
+        super().__init__(num_experts=num_experts)
+        for key, factor in (
+            ("capacity_factor", capacity_factor),
+            ("evaluation_capacity_factor", evaluation_capacity_factor),
+        ):
+            if factor is not None and not factor > 0:
+                raise ValueError(f"router.{key}={factor}: a capacity factor is above 0, or null to drop nothing")
+        self.capacity_factor = capacity_factor
+        self.evaluation_capacity_factor = evaluation_capacity_factor
+        self.gate = nn.Linear(width, num_experts, bias=False)
+
+    def reset_parameters(self) -> None:
+        nn.init.trunc_normal_(self.gate.weight, std=(0.1 / self.gate.in_features) ** 0.5)
+
+    def forward(self, tokens: Tensor, token_ids: Tensor, groups: RoutingGroups) -> RoutingPlan:
+        # Selective precision (section 2.4): the softmax is taken in float32 whatever the layer runs in.
+        with torch.autocast(tokens.device.type, enabled=False):
+            logits_TE = nn.functional.linear(tokens.float(), self.gate.weight.float())
+        probabilities_TE = logits_TE.softmax(-1)
+        weight, expert_index = probabilities_TE.max(-1)
+        token_index = torch.arange(len(tokens), device=tokens.device)
+        group_demand = count_by_group(groups, self.num_experts, token_index, expert_index)
+        losses = {"load_balancing_loss": load_balancing_loss(probabilities_TE, group_demand, groups)}
+
+        capacity = None
+        factor = self.capacity_factor if self.training else self.evaluation_capacity_factor
+        if factor is not None:
+            slots = expert_capacity(groups, self.num_experts, 1, factor)
+            capacity = torch.tensor(slots, device=tokens.device, dtype=torch.int64)
+            kept = within_capacity(groups.index(tokens.device), expert_index, capacity, self.num_experts)
+            token_index, expert_index, weight = token_index[kept], expert_index[kept], weight[kept]
+        return RoutingPlan(
+            token_index=token_index,
+            expert_index=expert_index,
+            weight=weight,
+            group_demand=group_demand,
+            groups=groups,
+            capacity=capacity,
+            losses=losses,
+            aux={"probabilities": probabilities_TE.detach()},
+        )
