@@ -1,4 +1,4 @@
-"""The one place that decides how the compiled kernels are built: cached on disk, without the GIL, no threads of Numba's own."""
+"""The one place that decides how the compiled kernels are built: cached on disk, without the GIL or Numba's threads."""
 
 import inspect
 import logging
@@ -19,11 +19,12 @@ def kernel(function: F) -> F:
     The GIL is released, so that chunks of one problem can run in a thread pool. Numba's own `parallel=True` is not
     used: its OpenMP layer aborts forked children (data-loader workers) and its default layer aborts on concurrent use.
     """
-    plain = inspect.unwrap(function)  # a type-checking import hook may have wrapped it; Numba needs the source
+    plain: Any = inspect.unwrap(function)  # a type-checking import hook may have wrapped it; Numba needs the source
     try:
-        return numba.njit(cache=True, nogil=True, error_model="numpy")(plain)
+        compiled: Any = numba.njit(cache=True, nogil=True, error_model="numpy")(plain)
     except RuntimeError:  # no writable place for a cache: compile once per process instead
-        return numba.njit(nogil=True, error_model="numpy")(plain)
+        compiled = numba.njit(nogil=True, error_model="numpy")(plain)
+    return compiled
 
 
 def announce_compilation(function: Any) -> None:

@@ -24,7 +24,7 @@ class Loads:
     @property
     def target(self) -> NDArray[np.float64]:
         """Mean load of each expert when the bonus is shared evenly, [E]."""
-        return self.base + self.bonus / max(len(self.base), 1)
+        return self.base.astype(np.float64) + self.bonus / len(self.base)
 
     @property
     def largest(self) -> NDArray[np.int64]:

@@ -50,12 +50,35 @@ def _oracle(scores_TE: Tensor, loads: Loads, start_E: Tensor | None) -> Answer:
     return Answer(torch.from_numpy(solve_oracle(scores_TE.double().cpu().numpy(), loads))[:, None], None)
 
 
+def _auction(scores_TE: Tensor, loads: Loads, start_E: Tensor | None, **options: Any) -> Answer:
+    from lightning_base.assignment.auction import solve_auction
+
+    expert, prices = solve_auction(scores_TE, loads, **options)
+    return _permitted(Answer(expert[:, None], prices), scores_TE, loads)
+
+
+def _sinkhorn(scores_TE: Tensor, loads: Loads, start_E: Tensor | None, **options: Any) -> Answer:
+    from lightning_base.assignment.sinkhorn import solve_sinkhorn
+
+    expert, prices = solve_sinkhorn(scores_TE, loads, start_E, **options)
+    return _permitted(Answer(expert[:, None], prices), scores_TE, loads)
+
+
+def _permitted(answer: Answer, scores_TE: Tensor, loads: Loads) -> Answer:
+    """An approximate answer, or the exact one where the approximation chose a forbidden pair."""
+    if bool(scores_TE.gather(1, answer.expert).isfinite().all()):
+        return answer
+    return _transport(scores_TE, loads, None)
+
+
 def _greedy(scores_TE: Tensor, loads: Loads, start_E: Tensor | None) -> Answer:
     return Answer(scores_TE.topk(loads.k, dim=1).indices, None)
 
 
 SOLVERS: Mapping[str, Callable[..., Answer]] = {
     "transport": _transport,
+    "auction": _auction,
+    "sinkhorn": _sinkhorn,
     "oracle": _oracle,
     "greedy": _greedy,
 }
@@ -76,8 +99,8 @@ def balanced_assignment(
     Args:
         scores: [T, E], any float dtype, device and strides; -inf forbids a pair. No gradient flows.
         solver: one of `SOLVERS`.
-        capacities: [E] tokens for each expert, summing to T k. Default: floor or ceil of T k / E, where the experts that
-            get the ceil are part of the optimum.
+        capacities: [E] tokens for each expert, summing to T k. Default: floor or ceil of T k / E, where the experts
+            that get the ceil are part of the optimum.
         prices: [E] prices of an earlier call on similar scores: a warm start, never a change of the optimum.
         k: experts per token.
         certificate: also compute the duality gap (one more pass over the scores).
