@@ -1,0 +1,33 @@
+"""Corpora, their preparation, and the order in which a run consumes them.
+
+The names are imported on first use: `import lightning_base.data` alone loads neither torch nor Lightning.
+"""
+
+from importlib import import_module
+from typing import Any
+
+_HOME = {
+    "Corpus": "corpus",
+    "CorpusError": "corpus",
+    "Document": "corpus",
+    "PythonStandardLibrary": "python_stdlib",
+    "TextFiles": "text",
+    "HuggingFace": "huggingface",
+    "prepare": "preparation",
+    "PreparedCorpus": "prepared",
+    "TokenSplit": "prepared",
+    "SequenceDataset": "sequences",
+    "GlobalBatchSampler": "order",
+    "check_batch": "order",
+    "EvaluationSampler": "evaluation",
+    "TrainingLoader": "loader",
+    "TextDataModule": "datamodule",
+}
+
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)

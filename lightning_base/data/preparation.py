@@ -1,0 +1,72 @@
+"""From a corpus to token files, once: the result is cached under a hash of everything that went into it."""
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+
+from lightning_base.data.cache import build_once
+from lightning_base.data.corpus import Corpus, CorpusError
+from lightning_base.data.encode import write_corpus
+from lightning_base.data.prepared import FORMAT, PreparedCorpus
+from lightning_base.data.survey import Reader, choose_split, survey
+from lightning_base.data.tokenizer import SMALLEST_VOCABULARY
+
+
+def prepare(
+    corpus: Corpus,
+    *,
+    vocab_size: int = 4096,
+    validation_fraction: float = 0.05,
+    cache_dir: str | Path,
+    tokenizer_bytes: int = 64 << 20,
+    lock_timeout: float = 3600.0,
+) -> PreparedCorpus:
+    """The corpus as tokens, split into train and validation by document.
+
+    Reads the corpus once to find its hash; where the cache does not hold that hash yet, twice more, to train a
+    byte-level BPE tokenizer on the training documents and to encode everything. Memory does not grow with the corpus.
+    Safe to call from several processes at once: one builds, the others wait.
+
+    Args:
+        corpus: where the documents come from.
+        vocab_size: tokens in the vocabulary, the end of text and the 256 bytes included.
+        validation_fraction: wished share of the corpus, in bytes, to hold out; whole documents.
+        cache_dir: the folder of caches; this corpus gets a folder of its own in it.
+        tokenizer_bytes: the tokenizer learns from about this much training text; all of it in smaller corpora.
+        lock_timeout: seconds to wait for another process that prepares the same corpus.
+
+    Raises:
+        CorpusError: the corpus or the settings cannot be used, in one sentence that names the key.
+    """
+    if vocab_size < SMALLEST_VOCABULARY:
+        raise CorpusError(
+            f"data.vocab_size={vocab_size} cannot hold the 256 bytes and the end of text: "
+            f"give {SMALLEST_VOCABULARY} or more."
+        )
+    if not 0 < validation_fraction < 1:
+        raise CorpusError(
+            f"data.validation_fraction={validation_fraction} leaves nothing to train on or nothing to validate on: "
+            "give a number between 0 and 1, such as 0.05."
+        )
+    reader = Reader(corpus)
+    found = survey(reader)
+    split = choose_split(found, validation_fraction, tokenizer_bytes)
+    settings = {
+        "format": FORMAT,
+        "content": found.content,
+        "vocab_size": vocab_size,
+        "split": split._asdict(),
+    }
+    key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:32]
+    folder = Path(cache_dir).expanduser().resolve() / key
+    corpus_bytes = int(found.bytes_per_bucket.sum())
+    build_once(folder, lambda empty: write_corpus(empty, reader, split, vocab_size, corpus_bytes), lock_timeout)
+    prepared = PreparedCorpus(folder)
+    statistics = prepared.statistics
+    print(
+        f"data: {statistics['train_tokens']:,} tokens to train on, {statistics['validation_tokens']:,} to validate on, "
+        f"cached in {folder}",
+        file=sys.stderr,
+    )
+    return prepared

@@ -1,0 +1,94 @@
+"""A prepared corpus on disk: tokens, document boundaries, domains, tokenizer, statistics.
+
+    tokenizer.json
+    corpus.json                    what was prepared, and its statistics
+    checksums.json                 SHA-256 of every other file
+    {train,validation}.tokens      [N]   uint16 or uint32, every document followed by the end of text
+    {train,validation}.offsets     [D+1] int64, document d is tokens[offsets[d] : offsets[d + 1]]
+    {train,validation}.domains     [D]   int32, index into the list of domains
+
+All are plain little-endian arrays, opened by memory map: N is bounded by the disk, not by memory.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int32, Int64, UInt
+from tokenizers import Tokenizer
+
+from lightning_base.data.cache import CHECKSUMS
+from lightning_base.data.tokenizer import bytes_per_token, load_tokenizer
+
+FORMAT = 1
+SPLITS = ("train", "validation")
+
+# What decides the tokens a model sees. The names of the domains do not, so they are not part of the fingerprint.
+IDENTITY = ("tokenizer.json", *(f"{split}.{part}" for split in SPLITS for part in ("tokens", "offsets")))
+
+
+class TokenSplit:
+    """The documents of one split, one after the other.
+
+    Attributes:
+        tokens: [N] every document followed by the end of text.
+        offsets: [D+1] document d is `tokens[offsets[d] : offsets[d + 1]]`.
+        domain_of_document: [D] index into `PreparedCorpus.domains`.
+        eos_id: the token that ends every document.
+    """
+
+    tokens: UInt[np.ndarray, "N"]
+    offsets: Int64[np.ndarray, "D+1"]
+    domain_of_document: Int32[np.ndarray, "D"]
+
+    def __init__(self, folder: Path, name: str, dtype: str, eos_id: int) -> None:
+        self._arguments = (folder, name, dtype, eos_id)
+        self.eos_id = eos_id
+        self.tokens = np.memmap(folder / f"{name}.tokens", dtype=dtype, mode="r")
+        self.offsets = np.memmap(folder / f"{name}.offsets", dtype="<i8", mode="r")
+        self.domain_of_document = np.memmap(folder / f"{name}.domains", dtype="<i4", mode="r")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A pickled memory map is a copy of the file: a loader's worker opens it again instead.
+        return TokenSplit, self._arguments
+
+    @property
+    def documents(self) -> int:
+        """D, the number of documents."""
+        return len(self.domain_of_document)
+
+
+class PreparedCorpus:
+    """A corpus ready to be trained on.
+
+    Attributes:
+        fingerprint: SHA-256 over the tokens and document boundaries of both splits and the tokenizer.
+        vocab_size: V, the number of tokens there are; at most the number asked for.
+        eos_id: the token that ends every document.
+        bytes_per_token: [V] bytes of UTF-8 each token stands for; 0 for the end of text.
+        domains: the names of the domains.
+        statistics: per split `*_documents`, `*_tokens` (with the ends of text) and `*_bytes`; `unigram_entropy`, the
+            cross-entropy in nats of the validation tokens under the frequencies of the training tokens with one added
+            to each; `train_unigram_entropy`, the entropy in nats of the training tokens themselves.
+        train, validation: the two splits.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        checksums = json.loads((folder / CHECKSUMS).read_text())
+        description = json.loads((folder / "corpus.json").read_text())
+        self.folder = folder
+        self.fingerprint = hashlib.sha256(
+            "\n".join(f"{name} {checksums[name]}" for name in IDENTITY).encode()
+        ).hexdigest()
+        self.domains: list[str] = description["domains"]
+        self.statistics: dict[str, int | float] = description["statistics"]
+        self.eos_id: int = description["eos_id"]
+        self.bytes_per_token: Int64[np.ndarray, "V"] = bytes_per_token(self.tokenizer())
+        self.vocab_size = len(self.bytes_per_token)
+        self.train, self.validation = (TokenSplit(folder, name, description["dtype"], self.eos_id) for name in SPLITS)
+
+    def tokenizer(self) -> Tokenizer:
+        """The byte-level BPE tokenizer."""
+        return load_tokenizer(self.folder / "tokenizer.json")

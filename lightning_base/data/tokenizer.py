@@ -1,0 +1,59 @@
+"""Byte-level BPE: learnt from the training documents alone, able to write any text back exactly."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Int64
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+END_OF_TEXT = "<|endoftext|>"
+
+# 256 bytes and the end of text: with fewer tokens some text could not be written at all.
+SMALLEST_VOCABULARY = 257
+
+# Long texts are encoded in pieces, because an encoding takes a hundred times the memory of its text.
+PIECE_CHARACTERS = 1 << 18
+
+
+def train_tokenizer(texts: Iterator[str], vocab_size: int) -> Tokenizer:
+    """A byte-level BPE tokenizer of at most `vocab_size` tokens; fewer if the texts hold no more pairs to merge."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator((piece for text in texts for piece in pieces(text)), trainer)
+    return tokenizer
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer saved at `path`, reading a literal `<|endoftext|>` in a text as ordinary characters."""
+    tokenizer = Tokenizer.from_file(str(path))
+    # Otherwise a document that merely mentions the token would end in the middle.
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+def bytes_per_token(tokenizer: Tokenizer) -> Int64[np.ndarray, "V"]:
+    """How many bytes of text each token stands for; 0 for the end of text."""
+    # In the byte-level alphabet one character stands for one byte.
+    sizes = np.zeros(tokenizer.get_vocab_size(), dtype=np.int64)
+    for token, index in tokenizer.get_vocab().items():
+        sizes[index] = 0 if token == END_OF_TEXT else len(token)
+    return sizes
+
+
+def pieces(text: str) -> Iterator[str]:
+    """The text cut into pieces of bounded length, at the end of a line where there is one."""
+    start = 0
+    while len(text) - start > PIECE_CHARACTERS:
+        line_end = text.rfind("\n", start, start + PIECE_CHARACTERS)
+        stop = line_end + 1 if line_end >= 0 else start + PIECE_CHARACTERS
+        yield text[start:stop]
+        start = stop
+    yield text[start:]
