@@ -3,11 +3,10 @@
 import difflib
 import importlib
 import inspect
+import types
 import typing
 from collections.abc import Mapping
 from typing import Any
-
-from beartype.door import is_bearable
 
 # Classes outside this package that a configuration may name, besides everything in ``lightning_base``.
 ALLOWED = (
@@ -67,7 +66,7 @@ def instantiate(node: Mapping[str, Any], key: str, base: type, **given: Any) -> 
     arguments = {name: value for name, value in node.items() if name != "_target_"}
     parameters = inspect.signature(found).parameters
     if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
-        check_arguments(arguments, found, key, hidden=set(given))
+        arguments = check_arguments(arguments, found, key, hidden=set(given))
         given = {name: value for name, value in given.items() if name in parameters}
     try:
         return found(**arguments, **given)
@@ -77,21 +76,48 @@ def instantiate(node: Mapping[str, Any], key: str, base: type, **given: Any) -> 
         raise ConfigError(str(error)) from error
 
 
-def check_arguments(arguments: Mapping[str, Any], found: type, key: str, hidden: set[str]) -> None:
-    """Raises ConfigError for an argument that ``found`` does not take, lacks, or takes in another type."""
+def check_arguments(arguments: Mapping[str, Any], found: type, key: str, hidden: set[str]) -> dict[str, Any]:
+    """The arguments as ``found`` takes them; ConfigError for one that it does not take, lacks, or wants otherwise."""
     parameters = {n: p for n, p in inspect.signature(found).parameters.items() if n not in hidden}
-    hints = typing.get_type_hints(found.__init__)
+    hints = typing.get_type_hints(found.__init__)  # type: ignore[misc]
+    taken = dict(arguments)
+    prefix = f"{key}." if key else ""
     for name, value in arguments.items():
         if name not in parameters:
-            raise ConfigError(f"{key}.{name} is not an option of {found.__name__}{did_you_mean(name, parameters)}")
+            owner = found.__name__ if key else "the configuration"
+            raise ConfigError(f"{prefix}{name} is not an option of {owner}{did_you_mean(name, parameters)}")
         hint = hints.get(name, Any)
-        # YAML writes 1 for 1.0.
-        as_float = float(value) if isinstance(value, int) and not isinstance(value, bool) else value
-        if not is_bearable(value, hint) and not is_bearable(as_float, hint):
-            raise ConfigError(f"{key}.{name}={value!r} should be {describe(hint)}")
+        if not fits(value, hint):
+            raise ConfigError(f"{prefix}{name}={value!r} should be {describe(hint)}")
+        kinds = (hint, *typing.get_args(hint))
+        if type(value) is int and float in kinds and int not in kinds:
+            taken[name] = float(value)  # YAML writes 1 for 1.0.
     missing = [n for n, p in parameters.items() if p.default is inspect.Parameter.empty and n not in arguments]
     if missing:
-        raise ConfigError(f"{key}.{missing[0]} is missing: {found.__name__} needs it")
+        raise ConfigError(f"{prefix}{missing[0]} is missing: {found.__name__} needs it")
+    return taken
+
+
+def fits(value: object, hint: Any) -> bool:
+    """Whether a value read from YAML is of a type; every item of a list or mapping is looked at, and 1 is a float."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return True
+    if origin is typing.Literal:
+        return any(value == option and type(value) is type(option) for option in arguments)
+    if origin in (typing.Union, types.UnionType):
+        return any(fits(value, option) for option in arguments)
+    if origin in (list, tuple):
+        return isinstance(value, list | tuple) and all(fits(item, arguments[0]) for item in value)
+    if origin is dict:
+        return isinstance(value, Mapping) and all(
+            fits(k, arguments[0]) and fits(v, arguments[1]) for k, v in value.items()
+        )
+    if hint in (int, float) and isinstance(value, bool):
+        return False
+    if hint is float:
+        return isinstance(value, int | float)
+    return isinstance(value, hint if inspect.isclass(hint) else object)
 
 
 def did_you_mean(name: str, known: Any) -> str:

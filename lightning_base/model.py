@@ -159,6 +159,11 @@ class Transformer(nn.Module):
 
         def sparse() -> SparseLayer:
             router = make_router()
+            if split_width and ffn_width % router.top_k:
+                raise ValueError(
+                    f"model.ffn_width={ffn_width} is not divisible by router.top_k={router.top_k}, so that experts of "
+                    "ffn_width / k would not cost the same: choose a multiple or set model.split_width=false"
+                )
             hidden_width = ffn_width // router.top_k if split_width else ffn_width
             experts = Experts(
                 num_experts=router.num_experts,
@@ -256,10 +261,11 @@ def sparse_positions(layers: Literal["every_other"] | int | list[int], depth: in
 def initialize(model: nn.Module, seed: int) -> None:
     """Draws every parameter anew, each module from a generator seeded by ``seed`` and the module's name.
 
-    So that a router with other or more parameters does not shift the weights of any other module.
+    So that a router with other or more parameters does not shift the weights of any other module. Inner modules come
+    first: what a module draws for its parts, such as a router for its gate, is what stays.
     """
     with torch.random.fork_rng(devices=[]):
-        for name, module in model.named_modules():
+        for name, module in reversed(list(model.named_modules())):
             reset = getattr(module, "reset_parameters", None)
             if reset is not None:
                 digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()

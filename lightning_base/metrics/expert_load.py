@@ -29,7 +29,8 @@ class ExpertLoad(Metric):
         top_k: experts a token asks for.
     """
 
-    full_state_update = False
+    # ``forward`` would otherwise merge states by how they are reduced, and ``rank_load`` is not.
+    full_state_update = True
     demand: Tensor
     load: Tensor
     group_sums: Tensor

@@ -3,6 +3,7 @@
 Shapes: A assignments sorted by expert, D width, H hidden width, E experts, S sublayers.
 """
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 Activation = Literal["relu", "gelu", "silu"]
-ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
 
 
 class Experts(nn.Module):
@@ -21,8 +22,8 @@ class Experts(nn.Module):
 
     Args:
         num_experts: E.
-        width: D.
-        hidden_width: H of each block.
+        width: D, a multiple of 8.
+        hidden_width: H of each block, a multiple of 8.
         sublayers: S.
         activation: relu (the paper's), gelu or silu.
     """
@@ -34,16 +35,22 @@ class Experts(nn.Module):
         for key, value in (("hidden_width", hidden_width), ("sublayers", sublayers)):
             if value < 1:
                 raise ValueError(f"{key}={value}: an expert needs at least 1")
+        for key, value in (("width", width), ("hidden_width", hidden_width)):
+            if value % 8:
+                raise ValueError(
+                    f"{key}={value} of an expert: a multiple of 8 is needed, because a grouped matmul takes rows of "
+                    "16 bytes only, which are 8 numbers in half precision"
+                )
         self.num_experts = num_experts
         self.activation = ACTIVATIONS[activation]
         self.w1 = nn.ParameterList(torch.empty(num_experts, width, hidden_width) for _ in range(sublayers))
         self.w2 = nn.ParameterList(torch.empty(num_experts, hidden_width, width) for _ in range(sublayers))
 
     def reset_parameters(self) -> None:
-        for w1 in self.w1:
-            # Expert by expert, so that the first experts of two layers agree whatever their number.
-            for expert in w1:
-                nn.init.normal_(expert, std=expert.shape[0] ** -0.5)
+        # Expert by expert, so that the first experts of two layers agree whatever their number.
+        for expert in range(self.num_experts):
+            for w1 in self.w1:
+                nn.init.normal_(w1[expert], std=w1.shape[1] ** -0.5)
         for w2 in self.w2:
             nn.init.zeros_(w2)
 

@@ -14,7 +14,8 @@ from lightning_base.routing.router import Router
 
 
 class SparseLayer(nn.Module):
-    """h + sum over the token's experts of weight * (f_e(h) - h); with one expert and a sigmoid gate, BASE's eq. 1.
+    """h + sum over the token's experts of weight * (f_e(h) - h); BASE as released, with a sigmoid gate:
+    weight * f(h) + (1 - weight) * h. Eq. 1 of its paper is that with f written as what the expert adds.
 
     Padding is taken out before routing: it never counts and never takes a slot, and passes through unchanged.
 

@@ -26,7 +26,7 @@ class BASE(Router):
         solver: how the assignment is solved, a name in ``lightning_base.assignment.SOLVERS``.
     """
 
-    causal: ClassVar[bool] = False
+    causal = False
     evaluation_modes: ClassVar[tuple[str, ...]] = ("greedy", "balanced")
 
     def __init__(self, *, num_experts: int, width: int, solver: str = "transport") -> None:

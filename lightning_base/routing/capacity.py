@@ -12,6 +12,12 @@ from torch import Tensor
 from lightning_base.routing.plan import RoutingGroups
 
 
+def check_capacity_factor(key: str, factor: float | None) -> None:
+    """Raises ValueError unless ``factor`` is a finite number above 0, or None."""
+    if factor is not None and not (factor > 0 and math.isfinite(factor)):
+        raise ValueError(f"router.{key}={factor}: a capacity factor is a number above 0, or null to drop nothing")
+
+
 def expert_capacity(groups: RoutingGroups, num_experts: int, top_k: int, capacity_factor: float) -> list[int]:
     """Slots of one expert in each group: ceil(capacity_factor * T k / E) (Fedus et al. 2021, eq. 3)."""
     # The product is rounded first: 1.1 * 10 is a hair over 11 in floating point and would buy a slot too many.

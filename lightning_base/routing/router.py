@@ -18,14 +18,15 @@ class Router(nn.Module):
     Attributes:
         num_experts: E.
         top_k: experts a token asks for.
-        causal: False if a token's expert, weight or drop may depend on later tokens while training.
-        causal_in_evaluation: the same in evaluation mode.
+        causal: False if a token's expert, weight or drop may depend on later tokens of its group while training. A
+            router whose options decide it sets both on the instance.
+        causal_in_evaluation: the same in evaluation, in the default evaluation mode.
         loss_coefficients: the paper's coefficient of each auxiliary loss the router returns.
         evaluation_modes: the ways this router can route in evaluation; the first is the default.
     """
 
-    causal: ClassVar[bool] = True
-    causal_in_evaluation: ClassVar[bool] = True
+    causal: bool = True
+    causal_in_evaluation: bool = True
     loss_coefficients: ClassVar[dict[str, float]] = {}
     evaluation_modes: ClassVar[tuple[str, ...]] = ("default",)
 

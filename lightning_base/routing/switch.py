@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from lightning_base.routing.capacity import expert_capacity, within_capacity
+from lightning_base.routing.capacity import check_capacity_factor, expert_capacity, within_capacity
 from lightning_base.routing.losses import load_balancing_loss
 from lightning_base.routing.plan import RoutingGroups, RoutingPlan, count_by_group
 from lightning_base.routing.router import Router
@@ -38,12 +38,8 @@ class Switch(Router):
         evaluation_capacity_factor: float | None = 2.0,
     ) -> None:
         super().__init__(num_experts=num_experts)
-        for key, factor in (
-            ("capacity_factor", capacity_factor),
-            ("evaluation_capacity_factor", evaluation_capacity_factor),
-        ):
-            if factor is not None and not factor > 0:
-                raise ValueError(f"router.{key}={factor}: a capacity factor is above 0, or null to drop nothing")
+        check_capacity_factor("capacity_factor", capacity_factor)
+        check_capacity_factor("evaluation_capacity_factor", evaluation_capacity_factor)
         self.capacity_factor = capacity_factor
         self.evaluation_capacity_factor = evaluation_capacity_factor
         self.gate = nn.Linear(width, num_experts, bias=False)

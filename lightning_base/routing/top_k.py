@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from lightning_base.routing.capacity import expert_capacity, within_capacity
+from lightning_base.routing.capacity import check_capacity_factor, expert_capacity, within_capacity
 from lightning_base.routing.losses import load_balancing_loss
 from lightning_base.routing.plan import RoutingGroups, RoutingPlan, count_by_group
 from lightning_base.routing.router import Router
@@ -24,7 +24,8 @@ class TopK(Router):
         renormalize: gates of the k chosen sum to 1 (a softmax over the chosen); otherwise they are the probabilities
             over all E. With k = 1 the gate would be a constant, so that the router could not learn: refused.
         capacity_factor: slots per expert, relative to an even share, in training and evaluation; None drops nothing.
-            First choices are served before second choices, each in the order of the tokens.
+            First choices are served before second choices, each in the order of the tokens, so that a token's second
+            choice may lose its slot to a later token's first: with k > 1 and a capacity the router is not causal.
     """
 
     loss_coefficients: ClassVar[dict[str, float]] = {"load_balancing_loss": 0.01}
@@ -44,12 +45,10 @@ class TopK(Router):
                 "router.renormalize=true with router.top_k=1: the gate would always be 1 and the router could not "
                 "learn; set router.renormalize=false"
             )
-        if capacity_factor is not None and not capacity_factor > 0:
-            raise ValueError(
-                f"router.capacity_factor={capacity_factor}: a capacity factor is above 0, or null to drop nothing"
-            )
+        check_capacity_factor("capacity_factor", capacity_factor)
         self.renormalize = renormalize
         self.capacity_factor = capacity_factor
+        self.causal = self.causal_in_evaluation = capacity_factor is None or top_k == 1
         self.gate = nn.Linear(width, num_experts, bias=False)
 
     def reset_parameters(self) -> None:
