@@ -1,0 +1,151 @@
+"""The identity certificate and the fairness ledger of a run: what it was, and what it spent."""
+
+import hashlib
+import importlib.metadata
+import platform
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lightning_base.callbacks.flops import count_flops
+from lightning_base.model import shared_parameters, weights_fingerprint
+from lightning_base.module import LanguageModel
+from lightning_base.run_directory import RunDirectory
+
+PACKAGES = ("torch", "pytorch-lightning", "hydra-core", "omegaconf", "torchmetrics", "numpy", "numba", "tokenizers")
+
+
+class BatchFingerprint(pl.Callback):
+    """A hash of every token batch in the order the model consumed it, the same for any world size and accumulation.
+
+    Each sequence is hashed with the step and the slot of the global batch in which it was consumed; the hashes are
+    added modulo 2^128. A sum needs no order between ranks, and a sequence at another place has another hash.
+    """
+
+    MODULUS = 2**128
+
+    def __init__(self) -> None:
+        self.total = 0
+        self.sequences = 0
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Mapping[str, Tensor], batch_idx: int
+    ) -> None:
+        parts = trainer.accumulate_grad_batches
+        step, part = divmod(batch_idx, parts)
+        rows = torch.cat([batch["input_ids"], batch["targets"]], 1).cpu().numpy()
+        first = (part * trainer.world_size + trainer.global_rank) * len(rows)
+        for slot, row in enumerate(rows, start=first):
+            digest = hashlib.blake2b(f"{step}:{slot}:".encode() + row.tobytes(), digest_size=16).digest()
+            self.total = (self.total + int.from_bytes(digest, "little")) % self.MODULUS
+        self.sequences += len(rows)
+
+    def combined(self) -> tuple[str, int]:
+        """The fingerprint and the number of sequences over all ranks; every rank has to ask."""
+        parts: list[tuple[int, int]] = [(self.total, self.sequences)]
+        if dist.is_available() and dist.is_initialized():
+            gathered: list[Any] = [None] * dist.get_world_size()
+            dist.all_gather_object(gathered, (self.total, self.sequences))
+            parts = gathered
+        total = sum(part[0] for part in parts) % self.MODULUS
+        return f"{total:032x}", sum(part[1] for part in parts)
+
+    def state_dict(self) -> dict[str, Any]:
+        # Lightning builds checkpoints on every rank and keeps the first rank's: it has to hold all of the sum.
+        fingerprint, sequences = self.combined()
+        return {"fingerprint": fingerprint, "sequences": sequences}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        first = not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
+        self.total = int(state_dict["fingerprint"], 16) if first else 0
+        self.sequences = int(state_dict["sequences"]) if first else 0
+
+
+class Certificate(pl.Callback):
+    """Writes what identifies the run and what a token costs into manifest.json before the first step."""
+
+    def __init__(self, run: RunDirectory, config: dict[str, Any]) -> None:
+        self.run, self.config = run, config
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert isinstance(pl_module, LanguageModel)
+        if not trainer.is_global_zero:
+            return
+        prepared = trainer.datamodule.prepared  # type: ignore[attr-defined]
+        certificate: dict[str, Any] = {
+            "corpus_fingerprint": prepared.fingerprint,
+            "seed": self.config["seed"],
+            "config": self.config,
+            "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
+            "python": platform.python_version(),
+            "git_commit": git_commit(),
+            "world_size": trainer.world_size,
+            "device": device_name(pl_module.device),
+            "corpus": prepared.statistics,
+        }
+        if trainer.global_step == 0:
+            # A resumed run has trained weights: its first start has written the fingerprint of the initial ones.
+            experts = (item for layer in pl_module.model.sparse_layers.items() for item in named_experts(*layer))
+            certificate["initial_weights_fingerprint"] = weights_fingerprint(shared_parameters(pl_module.model))
+            certificate["initial_expert_weights_fingerprint"] = weights_fingerprint(experts)
+        self.run.write_manifest(**certificate, ledger=self._ledger(trainer, pl_module))
+
+    def _ledger(self, trainer: pl.Trainer, pl_module: LanguageModel) -> dict[str, Any]:
+        model = pl_module.model
+        layers = model.sparse_layers
+        router = next(iter(layers.values())).router
+        total = sum(p.numel() for p in model.parameters())
+        experts = sum(p.numel() for layer in layers.values() for p in layer.experts.parameters())
+        dataset = trainer.datamodule.training_sequences()  # type: ignore[attr-defined]
+        items = [dataset[i] for i in range(next(iter(layers.values())).routing_group)]
+        batch = {name: torch.stack([item[name] for item in items]).to(pl_module.device) for name in items[0]}
+        flops = count_flops(pl_module, batch)
+        return {
+            "router": type(router).__name__,
+            "num_experts": router.num_experts,
+            "top_k": router.top_k,
+            "capacity_factor": getattr(router, "capacity_factor", None),
+            "causal_in_training": router.causal,
+            "causal_in_evaluation": router.causal_in_evaluation,
+            "parameters": total,
+            "active_parameters": total - experts + experts * router.top_k // router.num_experts,
+            "expert_hidden_width": next(iter(layers.values())).experts.w1[0].shape[-1],
+            "split_width": self.config["model"]["split_width"],
+            "loss_coefficients": pl_module.loss_coefficients,
+            **flops,
+        }
+
+
+def named_experts(layer_name: str, layer: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:
+    """The parameters of a sparse layer's experts."""
+    return [(f"{layer_name}.{n}", p) for n, p in layer.named_parameters() if n.startswith("experts.")]
+
+
+def git_commit() -> str | None:
+    """The commit of the code that runs, marked if it has been changed since; None outside a repository."""
+    here = Path(__file__).parent
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, timeout=10)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    commit = git("rev-parse", "HEAD")
+    if commit is None:
+        return None
+    return commit + ("-dirty" if git("status", "--porcelain", "--untracked-files=no") else "")
+
+
+def device_name(device: torch.device) -> str:
+    """What the numbers were measured on."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"

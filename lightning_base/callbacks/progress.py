@@ -1,0 +1,79 @@
+"""A progress bar that says which arm of how many is running and how long is left."""
+
+import sys
+import time
+from typing import Any
+
+import pytorch_lightning as pl
+from pytorch_lightning.callbacks import TQDMProgressBar
+from tqdm import tqdm
+
+from lightning_base.run_directory import RunDirectory, read_json
+
+
+class ArmProgressBar(TQDMProgressBar):
+    """Lightning's bar with the arm of the sweep, and an estimate for the arms still to come.
+
+    The estimate takes the mean of the arms that are done, or this arm's own pace if it is the first.
+    """
+
+    def __init__(self, run: RunDirectory) -> None:
+        # Written to a file, a bar is a line per refresh: fewer of them.
+        super().__init__(refresh_rate=1 if sys.stderr.isatty() else 25)
+        self.run = run
+        self.jobs: list[str] = read_json(run.path.parent / "sweep.json").get("jobs", [])
+        self._began = time.time()
+
+    def arm(self) -> str:
+        """Which arm of how many this is."""
+        name = self.run.path.name
+        if name not in self.jobs:
+            return name
+        return f"arm {self.jobs.index(name) + 1} of {len(self.jobs)}: {name}"
+
+    def seconds_left(self, done: int, total: int) -> float | None:
+        """An estimate for this arm and all that follow; None before the first step."""
+        if not done:
+            return None
+        elapsed = time.time() - self._began
+        own = elapsed * (total - done) / done
+        if self.run.path.name not in self.jobs:
+            return own
+        others = [RunDirectory(self.run.path.parent / job).status() for job in self.jobs]
+        finished = [status["seconds"] for status in others if status.get("state") == "done"]
+        waiting = len(self.jobs) - self.jobs.index(self.run.path.name) - 1
+        ahead = [job for job in self.jobs[-waiting:] if waiting] if waiting else []
+        unfinished = sum(RunDirectory(self.run.path.parent / job).status().get("state") != "done" for job in ahead)
+        each = sum(finished) / len(finished) if finished else elapsed * total / done
+        return own + unfinished * each
+
+    def init_train_tqdm(self) -> tqdm:
+        bar = super().init_train_tqdm()
+        bar.bar_format = "{desc} {percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+        return bar
+
+    def init_validation_tqdm(self) -> tqdm:
+        # One line for the arm: short validation passes would each leave another.
+        return tqdm(disable=True)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._began = time.time()
+        super().on_train_start(trainer, pl_module)
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, *args: Any) -> None:
+        super().on_train_epoch_start(trainer, *args)
+        self.train_progress_bar.set_description(self.arm())
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self.jobs:
+            left = self.seconds_left(batch_idx + 1, int(trainer.num_training_batches))
+            if left is not None:
+                text = f"{self.arm()} (all: {int(left) // 60}:{int(left) % 60:02d} left)"
+                self.train_progress_bar.set_description(text, refresh=False)
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
+        metrics = super().get_metrics(trainer, pl_module)
+        return {name.replace("/loss", ""): value for name, value in metrics.items() if name != "v_num"}

@@ -1,0 +1,70 @@
+"""When to save: every n steps, at the end, and on SIGTERM, at a step boundary and on all ranks at once."""
+
+import signal
+from types import FrameType
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+
+from lightning_base.module import LanguageModel
+from lightning_base.run_directory import RunDirectory
+
+
+class Preemption(pl.Callback):
+    """Replaces Lightning's handler, which starts a collective inside the signal and ends the run with exit code 0."""
+
+    def __init__(self, run: RunDirectory) -> None:
+        self.run = run
+        self.requested = False
+        self.stopped = False
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        signal.signal(signal.SIGTERM, self._request)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return
+        # Ranks are signalled at different moments; they have to stop at the same step.
+        flag = torch.tensor(float(self.requested), device=trainer.strategy.root_device)
+        if not float(trainer.strategy.reduce(flag, reduce_op="sum")):
+            return
+        self.stopped = True
+        trainer.should_stop = True
+        assert isinstance(pl_module, LanguageModel)
+        save(trainer, pl_module, self.run)
+
+    def _request(self, number: int, frame: FrameType | None) -> None:
+        self.requested = True
+
+
+class PeriodicCheckpoint(pl.Callback):
+    """Saves every n steps and at the end; keeps the newest two, so that one is whole whatever happens."""
+
+    def __init__(self, run: RunDirectory, every_n_steps: int) -> None:
+        self.run, self.every_n_steps = run, every_n_steps
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return
+        step = trainer.global_step
+        if step % self.every_n_steps == 0 or step == trainer.max_steps:
+            assert isinstance(pl_module, LanguageModel)
+            save(trainer, pl_module, self.run)
+
+
+def save(trainer: pl.Trainer, module: LanguageModel, run: RunDirectory) -> None:
+    """Saves a checkpoint named after the step; all ranks take part, the first one writes."""
+    path = run.checkpoints / f"step_{trainer.global_step}.ckpt"
+    if module.last_checkpoint == str(path):
+        return
+    trainer.save_checkpoint(path)
+    module.last_checkpoint = str(path)
+    if trainer.is_global_zero:
+        ordered = sorted(run.checkpoints.glob("step_*.ckpt"), key=lambda p: int(p.stem.split("_")[1]))
+        for old in ordered[:-2]:
+            trainer.strategy.remove_checkpoint(old)

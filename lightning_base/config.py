@@ -1,0 +1,260 @@
+"""The schema of the configuration, and the checks that cross fields: one sentence for every mistake."""
+
+import dataclasses
+import math
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from lightning_base.instantiation import ConfigError, check_arguments, instantiate
+from lightning_base.model import sparse_positions
+from lightning_base.moe.experts import Activation
+from lightning_base.routing.router import Router
+
+
+def require(holds: bool, key: str, value: object, accepted: str) -> None:
+    """Raises ConfigError in the one form all range errors have."""
+    if not holds:
+        raise ConfigError(f"{key}={value} is out of range: {accepted}")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    width: int
+    depth: int
+    heads: int
+    ffn_width: int
+    positions: Literal["rotary", "learned"] = "rotary"
+    activation: Activation = "relu"
+    placement: Literal["replace", "insert"] = "replace"
+    sparse_layers: Literal["every_other"] | int | list[int] = "every_other"
+    sublayers: int = 1
+    split_width: bool = True
+    router_norm: bool = True
+
+    def __post_init__(self) -> None:
+        for key in ("width", "depth", "heads", "ffn_width", "sublayers"):
+            require(getattr(self, key) >= 1, f"model.{key}", getattr(self, key), "give at least 1")
+        require(self.width % self.heads == 0, "model.heads", self.heads, f"it has to divide model.width={self.width}")
+        if self.positions == "rotary":
+            head = self.width // self.heads
+            require(head % 2 == 0, "model.heads", self.heads, f"rotary positions need an even head width, not {head}")
+        try:
+            sparse_positions(self.sparse_layers, self.depth, self.placement)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+
+
+@dataclass(frozen=True)
+class ModuleConfig:
+    learning_rate: float
+    warmup_steps: int = 0
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    final_learning_rate: float = 0.0
+    weight_decay: float = 0.0
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    loss_coefficients: dict[str, float] = field(default_factory=dict)
+    compile: bool = False
+    activation_checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        positive = 0 < self.learning_rate < math.inf
+        require(positive, "module.learning_rate", self.learning_rate, "give a number above 0")
+        final = 0 <= self.final_learning_rate <= self.learning_rate
+        require(final, "module.final_learning_rate", self.final_learning_rate, "between 0 and module.learning_rate")
+        require(self.warmup_steps >= 0, "module.warmup_steps", self.warmup_steps, "give 0 or more")
+        require(self.weight_decay >= 0, "module.weight_decay", self.weight_decay, "give 0 or more")
+        betas = len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
+        require(betas, "module.betas", self.betas, "give two numbers from 0 to below 1")
+        for name, coefficient in self.loss_coefficients.items():
+            require(coefficient >= 0, f"module.loss_coefficients.{name}", coefficient, "give 0 or more")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    corpus: dict[str, Any]
+    vocab_size: int
+    sequence_length: int
+    global_batch: int
+    routing_group: int
+    validation_fraction: float
+    cache_dir: str
+    packing: Literal["packed", "documents"] = "packed"
+    attend_across_documents: bool = True
+    validation_sequences: int | None = None
+    num_workers: int = 0
+
+    def __post_init__(self) -> None:
+        require(self.vocab_size >= 257, "data.vocab_size", self.vocab_size, "256 bytes and the end of text need 257")
+        require(self.sequence_length >= 2, "data.sequence_length", self.sequence_length, "give at least 2")
+        require(self.global_batch >= 1, "data.global_batch", self.global_batch, "give at least 1 sequence")
+        require(self.routing_group >= 1, "data.routing_group", self.routing_group, "give at least 1 sequence")
+        fraction = 0 < self.validation_fraction < 1
+        require(fraction, "data.validation_fraction", self.validation_fraction, "give a share between 0 and 1")
+        limit = self.validation_sequences is None or self.validation_sequences >= 1
+        require(limit, "data.validation_sequences", self.validation_sequences, "give at least 1, or null for all")
+        require(self.num_workers >= 0, "data.num_workers", self.num_workers, "give 0 or more")
+
+
+@dataclass(frozen=True)
+class StrategyConfig:
+    name: Literal["single", "ddp"] = "single"
+    timeout_seconds: int = 180
+
+    def __post_init__(self) -> None:
+        require(self.timeout_seconds >= 1, "strategy.timeout_seconds", self.timeout_seconds, "give at least 1")
+
+
+@dataclass(frozen=True)
+class TrainerConfig:
+    max_steps: int
+    accelerator: Literal["auto", "cpu", "gpu"] = "auto"
+    devices: int = 1
+    num_nodes: int = 1
+    precision: Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true"] = "32-true"
+    accumulate_grad_batches: int = 1
+    gradient_clip_val: float | None = 1.0
+    log_every_n_steps: int = 10
+    validate_every_n_steps: int = 50
+    checkpoint_every_n_steps: int = 100
+    threads: int | None = None
+    progress_bar: bool = True
+    detect_anomaly: bool = False
+
+    def __post_init__(self) -> None:
+        counts = ("max_steps", "devices", "num_nodes", "accumulate_grad_batches", "log_every_n_steps")
+        for key in (*counts, "validate_every_n_steps", "checkpoint_every_n_steps"):
+            require(getattr(self, key) >= 1, f"trainer.{key}", getattr(self, key), "give at least 1")
+        clip = self.gradient_clip_val is None or self.gradient_clip_val > 0
+        require(clip, "trainer.gradient_clip_val", self.gradient_clip_val, "give a norm above 0, or null")
+        threads = self.threads is None or self.threads >= 1
+        require(threads, "trainer.threads", self.threads, "give at least 1, or null")
+
+    @property
+    def world_size(self) -> int:
+        return self.devices * self.num_nodes
+
+
+@dataclass(frozen=True)
+class LoggerConfig:
+    tensorboard: bool = True
+
+
+@dataclass(frozen=True)
+class Config:
+    """One training run. ``router`` stays a mapping: each router brings its own options."""
+
+    name: str
+    runs_dir: str
+    seed: int
+    router: dict[str, Any]
+    model: ModelConfig
+    module: ModuleConfig
+    data: DataConfig
+    strategy: StrategyConfig
+    trainer: TrainerConfig
+    logger: LoggerConfig
+
+    def __post_init__(self) -> None:
+        path = self.name in ("", ".", "..") or "/" in self.name
+        require(not path, "name", repr(self.name), "give a name for a folder under runs_dir")
+        require(0 <= self.seed < 2**63, "seed", self.seed, "give 0 or more")
+
+    def build_router(self) -> Router:
+        """A router of this configuration, with parameters not yet drawn."""
+        router = instantiate(self.router, "router", Router, width=self.model.width)
+        assert isinstance(router, Router)
+        return router
+
+
+def read_config(node: Mapping[str, Any]) -> Config:
+    """Checks a resolved configuration and gives it as dataclasses.
+
+    Raises:
+        ConfigError: one sentence about the first mistake.
+    """
+    config = _build(Config, node, "")
+    _check_across(config)
+    return config
+
+
+def _build(schema: type, node: object, key: str) -> Any:
+    if not isinstance(node, Mapping):
+        raise ConfigError(f"{key}={node!r} should be a group of options")
+    hints = typing.get_type_hints(schema)
+    values: dict[str, Any] = dict(node)
+    for name, hint in hints.items():
+        if dataclasses.is_dataclass(hint) and name in values:
+            values[name] = _build(typing.cast(type, hint), values[name], f"{key}{name}.")
+    check_arguments(values, schema, key.rstrip("."), hidden=set())
+    return schema(**values)
+
+
+def _check_across(config: Config) -> None:
+    """What no single field can know."""
+    # Imported here: the order of the batches belongs to the data, which needs torch's loaders.
+    from lightning_base.data import check_batch
+
+    router = config.build_router()
+    router.check_group(config.data.routing_group * config.data.sequence_length)
+    if config.model.split_width and config.model.ffn_width % router.top_k:
+        raise ConfigError(
+            f"model.ffn_width={config.model.ffn_width} cannot be split over router.top_k={router.top_k} experts "
+            "(model.split_width=true): choose a multiple"
+        )
+    for name in config.module.loss_coefficients:
+        # Arms of one sweep share this setting, so a loss that only another router has is no mistake; a misspelt one is.
+        if not name.endswith("_loss"):
+            raise ConfigError(f"module.loss_coefficients.{name} names no loss: e.g. load_balancing_loss")
+    trainer = config.trainer
+    if trainer.world_size > 1 and config.strategy.name == "single":
+        raise ConfigError(
+            f"trainer.devices={trainer.devices} and trainer.num_nodes={trainer.num_nodes} need several processes, "
+            "which strategy=single does not start: add strategy=ddp"
+        )
+    try:
+        check_batch(
+            config.data.global_batch, trainer.world_size, trainer.accumulate_grad_batches, config.data.routing_group
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    if config.module.warmup_steps > trainer.max_steps:
+        raise ConfigError(
+            f"module.warmup_steps={config.module.warmup_steps} exceeds trainer.max_steps={trainer.max_steps}: "
+            "warm up for fewer steps or train for more"
+        )
+
+
+def check_devices(trainer: TrainerConfig) -> str:
+    """The accelerator to use, ``cpu`` or ``gpu``; raises ConfigError for devices that this machine does not have."""
+    import torch
+
+    available = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    accelerator = trainer.accelerator
+    if accelerator == "auto":
+        accelerator = "gpu" if available else "cpu"
+    if accelerator == "gpu" and trainer.devices > available:
+        raise ConfigError(
+            f"trainer.devices={trainer.devices} with trainer.accelerator={trainer.accelerator}, but this machine has "
+            f"{available} GPU{'s' * (available != 1)}: use fewer devices, or trainer.accelerator=cpu"
+        )
+    if accelerator == "cpu" and trainer.precision == "16-mixed":
+        raise ConfigError("trainer.precision=16-mixed needs a GPU: use 32-true or bf16-mixed on a CPU")
+    return accelerator
+
+
+def job_name(override_dirname: str) -> str:
+    """The folder of one job: its overrides, cut with a hash where a file system would refuse the length.
+
+    >>> job_name("router=base,seed=2")
+    'router=base,seed=2'
+    >>> job_name("")
+    'default'
+    """
+    import hashlib
+
+    name = override_dirname.replace("/", "_") or "default"
+    if len(name.encode()) <= 120:
+        return name
+    return f"{name[:100]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"

@@ -1,0 +1,1 @@
+"""Process trees: one job, one tree."""

@@ -1,0 +1,107 @@
+"""Starts one job as one process tree, and leaves nothing behind when it ends.
+
+Lightning's own launcher would replay the command line in its children, and with it a whole Hydra sweep. Here the ranks
+get one argument, the run directory, and read the configuration that was composed for it.
+"""
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+# What a rank gets to save and leave after SIGTERM, before SIGKILL; torchrun itself waits 30 s for its workers.
+GRACE_SECONDS = 45
+PREEMPTED = 128 + signal.SIGTERM
+
+
+def command(run_directory: Path, *, devices: int, num_nodes: int, entry: str) -> list[str]:
+    """The command line of a job.
+
+    Args:
+        run_directory: holds ``.hydra/config.yaml``.
+        devices: processes on this node.
+        num_nodes: nodes; more than one takes NODE_RANK, MASTER_ADDR and MASTER_PORT from the environment.
+        entry: the module each rank runs.
+    """
+    ranks = ["-m", entry, str(run_directory)]
+    if devices * num_nodes == 1:
+        return [sys.executable, *ranks]
+    if num_nodes == 1:
+        where = ["--nnodes=1", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
+    else:
+        where = [f"--nnodes={num_nodes}"] + [
+            f"--{option}={os.environ[variable]}"
+            for option, variable in (
+                ("node-rank", "NODE_RANK"),
+                ("master-addr", "MASTER_ADDR"),
+                ("master-port", "MASTER_PORT"),
+            )
+        ]
+    return [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={devices}", *where, *ranks]
+
+
+def launch(arguments: list[str]) -> int:
+    """Runs a process tree to its end and gives its exit code; a signal to this process ends the tree first."""
+    child = subprocess.Popen(arguments, start_new_session=True, preexec_fn=die_with_parent, env=_environment())
+    try:
+        with _forward_signals(child):
+            code = child.wait()
+    finally:
+        _end_group(child)
+    return code if code >= 0 else 128 - code
+
+
+def die_with_parent() -> None:
+    """Asks Linux to send this process SIGTERM when its parent dies, however it dies."""
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+
+
+def _environment() -> dict[str, str]:
+    # torchrun would set this itself with a warning; each rank sets its threads from the configuration.
+    return {"OMP_NUM_THREADS": "1", **os.environ}
+
+
+@contextmanager
+def _forward_signals(child: subprocess.Popen) -> Iterator[None]:
+    """While inside, SIGTERM and SIGINT reach the whole tree, and the second one kills it."""
+    received: list[int] = []
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        _signal_group(child, signal.SIGTERM if len(received) == 1 else signal.SIGKILL)
+        if len(received) == 1:
+            signal.alarm(GRACE_SECONDS)
+
+    def give_up(number: int, frame: FrameType | None) -> None:
+        _signal_group(child, signal.SIGKILL)
+
+    handlers = {signal.SIGTERM: forward, signal.SIGINT: forward, signal.SIGALRM: give_up}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if signal.SIGINT in received:
+        raise KeyboardInterrupt
+
+
+def _signal_group(child: subprocess.Popen, number: int) -> None:
+    try:
+        os.killpg(child.pid, number)
+    except ProcessLookupError:
+        return  # it has ended meanwhile
+
+
+def _end_group(child: subprocess.Popen) -> None:
+    """Kills whatever of the tree outlived its root: the process group is the job's own."""
+    _signal_group(child, signal.SIGKILL)
+    child.wait()

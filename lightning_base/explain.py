@@ -1,0 +1,41 @@
+"""One sentence for whatever Hydra or OmegaConf found wrong with a configuration."""
+
+import re
+
+from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
+
+from lightning_base.instantiation import ConfigError, did_you_mean
+
+
+def explain(error: Exception) -> str:
+    """The mistake in one line: the key, what was given, what would do."""
+    if isinstance(error, ConfigError):
+        return str(error)
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options is not None:
+        group, _, name = error.missing_cfg_file.rpartition("/")
+        return f"{group}={name} does not exist{did_you_mean(name, error.options)}"
+    cause = error.__cause__
+    text = str(cause or error)
+    if isinstance(error, ConfigCompositionException) or "is not in struct" in text:
+        found = re.search(r"Could not override '([^']+)'", str(error))
+        near = _near_keys(cause, found.group(1)) if found else ""
+        if found and ("not in struct" in text or "not in struct" in str(error)):
+            return f"{found.group(1)} is not a key of the configuration{near}"
+        unknown_group = re.search(r"Could not override '([^']+)'. No match in the defaults list", str(error))
+        if unknown_group:
+            return f"{unknown_group.group(1)} is not a group of the configuration"
+    if (isinstance(error, HydraException) and "mismatched input" in text) or "no viable alternative" in text:
+        return f"an override cannot be read: {_first_line(text)}"
+    return _first_line(str(error)) + (f" ({_first_line(str(cause))})" if cause else "")
+
+
+def _near_keys(cause: BaseException | None, key: str) -> str:
+    """The nearest keys of the group in which an override looked for its key."""
+    parent = getattr(cause, "parent_node", None)
+    if parent is None:
+        return ""
+    return did_you_mean(key.rpartition(".")[2], [str(name) for name in parent])
+
+
+def _first_line(text: str) -> str:
+    return text.strip().splitlines()[0] if text.strip() else "unknown"

@@ -1,0 +1,300 @@
+"""From a composed configuration to finished jobs: check everything, launch, and say how each job ended.
+
+Nothing here runs on a rank. A sweep is checked whole before its first job starts, and a job that dies takes no other
+with it.
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from hydra.experimental.callback import Callback
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from lightning_base.config import Config, check_devices, job_name, read_config
+from lightning_base.explain import explain
+from lightning_base.instantiation import ConfigError
+from lightning_base.run_directory import RunDirectory, read_json, write_json
+
+CONF = Path(__file__).resolve().parent.parent / "conf"
+BAD_INPUT = 2
+RANK_ENTRY = "lightning_base.train"
+
+OmegaConf.register_new_resolver("job_name", job_name, replace=True)
+
+
+def main() -> None:
+    """The program behind ``experiments/train.py``: exits 0 if every job is done, 2 for bad input, 1 for failed jobs."""
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach this function, which has a sentence for each
+    sweep: list[RunDirectory] = []
+    mistakes: list[Exception] = []
+
+    @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
+    def task(config: DictConfig) -> str | None:
+        try:
+            return job(config)
+        except (ConfigError, OmegaConfBaseException) as error:
+            mistakes.append(error)  # raised here, Hydra would write lines of its own about it
+            return None
+
+    CheckSweep.expected = sweep
+    STARTED.clear()
+    try:
+        task()
+        if mistakes:
+            raise mistakes[0]
+    except (ConfigError, HydraException, OmegaConfBaseException) as error:
+        print(f"error: {explain(error)}", file=sys.stderr)
+        sys.exit(BAD_INPUT)
+    except KeyboardInterrupt:
+        print("interrupted; what is done stays done, and the same command goes on from there", file=sys.stderr)
+        sys.exit(130)
+    sys.exit(summarize(sweep or STARTED))
+
+
+# The jobs this process has taken on, for the summary of a run without a sweep.
+STARTED: list[RunDirectory] = []
+
+
+def job(composed: DictConfig) -> str:
+    """Runs one job to its end; gives the state it ended in, or ``skipped``."""
+    plain = plain_config(composed)
+    config = read_config(plain)
+    hydra_config = HydraConfig.get()
+    run = RunDirectory(Path(hydra_config.runtime.output_dir))
+    STARTED.append(run)
+    in_sweep = hydra_config.mode == RunMode.MULTIRUN
+    if not check_run_directory(run, plain):
+        say(f"skipping {shown(run.path)}: it is done")
+        return "skipped"
+    check_devices(config.trainer)
+    check_nodes(config)
+    prepare_data(config)
+    run.config.parent.mkdir(parents=True, exist_ok=True)
+    OmegaConf.save(OmegaConf.create(plain), run.config)
+    OmegaConf.save(hydra_config.overrides.task, run.config.with_name("overrides.yaml"))
+    for old in run.failures.glob("*.json"):
+        old.unlink()
+    run.write_status("running")
+    say(f"running {shown(run.path)}")
+    return run_tree(run, config, own_process=in_sweep or config.trainer.world_size > 1)
+
+
+def run_tree(run: RunDirectory, config: Config, *, own_process: bool) -> str:
+    """Launches the ranks, waits, and writes how it ended."""
+    # Imported late: Hydra's tab completion and --help need not wait for torch.
+    from lightning_base.distributed.launch import PREEMPTED, command, launch
+
+    interrupted = False
+    try:
+        if own_process:
+            trainer = config.trainer
+            code = launch(command(run.path, devices=trainer.devices, num_nodes=trainer.num_nodes, entry=RANK_ENTRY))
+        else:
+            code = run_here(run)
+    except KeyboardInterrupt:
+        interrupted, code = True, 130
+    state = run.status().get("state")
+    if code == 0:
+        run.write_status("done")
+        state = "done"
+    elif state != "preempted":
+        failure = first_failure(run)
+        run.write_status("failed", exit_code=code, **failure)
+        say(f"FAILED {shown(run.path)}: {failure['error']} (the traceback is in its status.json)")
+        state = "failed"
+    if interrupted:
+        raise KeyboardInterrupt
+    if code == PREEMPTED and not own_process:
+        sys.exit(PREEMPTED)
+    return str(state)
+
+
+def run_here(run: RunDirectory) -> int:
+    """A single job with a single rank needs no other process."""
+    from lightning_base import train
+
+    try:
+        return train.main(run.path)
+    except KeyboardInterrupt:
+        raise
+    except SystemExit as error:
+        # Lightning leaves this way after Ctrl-C.
+        raise KeyboardInterrupt from error
+    except Exception:
+        return 1
+
+
+def first_failure(run: RunDirectory) -> dict[str, Any]:
+    """What the rank that failed first has left; other ranks often fail only because that one is gone."""
+    found = [read_json(path) for path in run.failures.glob("rank_*.json")]
+    if not found:
+        error = "the process ended without a Python error: killed, or out of memory"
+        return {"error": error, "traceback": None, "rank": None}
+    first = min(found, key=lambda failure: failure["time"])
+    return {key: first[key] for key in ("error", "traceback", "rank")}
+
+
+def check_run_directory(run: RunDirectory, plain: dict[str, Any]) -> bool:
+    """Whether there is anything left to do in a directory.
+
+    Raises:
+        ConfigError: the directory holds something else, cannot be used, or is in use.
+    """
+    path = shown(run.path)
+    remedy = "choose another name=..., or remove it (make experiment FRESH=1 does)"
+    try:
+        if run.path.exists() and not run.path.is_dir():
+            raise ConfigError(f"the run directory {path} is a file: {remedy}")
+        if run.is_foreign():
+            raise ConfigError(f"the run directory {path} is not empty and has no status.json of a run: {remedy}")
+        state = run.status().get("state")
+        if state is None:
+            run.path.mkdir(parents=True, exist_ok=True)
+            if not os.access(run.path, os.W_OK | os.X_OK):
+                raise PermissionError(f"cannot write to {path}")
+            return True
+        before = OmegaConf.to_container(OmegaConf.load(run.config)) if run.config.exists() else plain
+    except (OSError, ValueError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"the run directory {path} cannot be used ({error}): {remedy}") from error
+    if run.is_alive():
+        raise ConfigError(f"the run directory {path} is in use by process {run.status()['pid']}: wait for it or end it")
+    different = differing_keys(before, plain)
+    if different:
+        raise ConfigError(f"the run directory {path} holds a run with another {', '.join(different)}: {remedy}")
+    return state != "done"
+
+
+def differing_keys(a: Any, b: Any, prefix: str = "") -> list[str]:
+    """Dotted keys whose values differ between two plain configurations."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        keys = sorted(set(a) | set(b), key=str)
+        return [found for key in keys for found in differing_keys(a.get(key), b.get(key), f"{prefix}{key}.")]
+    return [] if a == b else [prefix.rstrip(".")]
+
+
+def check_nodes(config: Config) -> None:
+    """Several nodes need to know of each other."""
+    missing = [name for name in ("NODE_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if config.trainer.num_nodes > 1 and missing:
+        raise ConfigError(
+            f"trainer.num_nodes={config.trainer.num_nodes} needs the environment variables {', '.join(missing)}: "
+            "set them on every node"
+        )
+
+
+def prepare_data(config: Config) -> None:
+    """Builds the corpus before any rank waits for it; says what is wrong with it before anything is spent."""
+    from lightning_base.train import build_data, quiet_warnings
+
+    quiet_warnings()
+    try:
+        build_data(config).prepare_data()
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def plain_config(composed: DictConfig) -> dict[str, Any]:
+    """The configuration without Hydra's own part, resolved, as plain containers.
+
+    Raises:
+        ConfigError: a value that has to be given is missing.
+    """
+    copied = OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
+    missing = sorted(OmegaConf.missing_keys(copied))
+    if missing:
+        raise ConfigError(f"{missing[0]} is missing: give it, as {missing[0]}=...")
+    container = OmegaConf.to_container(copied, resolve=True)
+    assert isinstance(container, dict)
+    return {str(key): value for key, value in container.items()}
+
+
+class CheckSweep(Callback):
+    """A Hydra callback: checks all jobs of a sweep before the first one starts, and notes them in sweep.json."""
+
+    expected: list[RunDirectory] | None = None
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        # Hydra turns exceptions of callbacks into warnings; only an exit gets through.
+        try:
+            self._check(config)
+        except (ConfigError, HydraException, OmegaConfBaseException) as error:
+            print(f"error: {explain(error)}", file=sys.stderr)
+            sys.exit(BAD_INPUT)
+
+    def _check(self, config: DictConfig) -> None:
+        from hydra.core.global_hydra import GlobalHydra
+
+        loader = GlobalHydra.instance().config_loader()
+        sweep = Path(config.hydra.sweep.dir)
+        jobs: list[RunDirectory] = []
+        corpora: list[Config] = []
+        for overrides in expand(config):
+            composed = loader.load_sweep_config(config, list(overrides))
+            HydraConfig.instance().set_config(composed)
+            subdirectory = str(composed.hydra.sweep.subdir)
+            plain = plain_config(composed)
+            checked = read_config(plain)
+            check_devices(checked.trainer)
+            check_nodes(checked)
+            run = RunDirectory(sweep / subdirectory)
+            check_run_directory(run, plain)
+            jobs.append(run)
+            if all(checked.data != other.data for other in corpora):
+                corpora.append(checked)
+        for checked in corpora:
+            prepare_data(checked)
+        write_json(sweep / "sweep.json", {"jobs": [run.path.name for run in jobs]})
+        if CheckSweep.expected is not None:
+            CheckSweep.expected[:] = jobs
+
+
+def expand(config: DictConfig) -> Sequence[Sequence[str]]:
+    """The overrides of every job of a sweep, as Hydra's basic sweeper will make them."""
+    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+
+    parameters = OmegaConf.select(config, "hydra.sweeper.params") or {}
+    written = [f"{key}={value}" for key, value in parameters.items()] + list(config.hydra.overrides.task)
+    parsed = OverridesParser.create().parse_overrides(written)
+    return [overrides for batch in BasicSweeper.split_arguments(parsed, None) for overrides in batch]
+
+
+def summarize(jobs: Sequence[RunDirectory]) -> int:
+    """Says how each job ended; gives the exit code of the command."""
+    if not jobs:
+        return 0
+    states = [run.status() for run in jobs]
+    bad = [(run, status) for run, status in zip(jobs, states, strict=True) if status.get("state") != "done"]
+    if len(jobs) > 1 or bad:
+        say(f"{len(jobs) - len(bad)} of {len(jobs)} jobs done")
+    for run, status in bad:
+        say(f"  {status.get('state', 'not started')}: {shown(run.path)}  {status.get('error', '')}")
+    if bad and all(status.get("state") == "preempted" for _, status in bad):
+        return 128 + 15
+    if bad:
+        return 1
+    where = jobs[0].path.parent if len(jobs) > 1 else jobs[0].path
+    say(f"results are in {shown(where)}")
+    return 0
+
+
+def shown(path: Path) -> str:
+    """A path as short as it can be typed."""
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+def say(text: str) -> None:
+    """One line for the person at the terminal; progress bars use the same stream."""
+    print(text, file=sys.stderr, flush=True)

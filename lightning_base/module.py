@@ -1,0 +1,276 @@
+"""The LightningModule: steps and optimizer, no logging logic beyond ``self.log``.
+
+Shapes: B sequences, L positions, V vocabulary.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim.lr_scheduler import LambdaLR
+
+from lightning_base.instantiation import did_you_mean, instantiate
+from lightning_base.metrics.language_model import LanguageModelLoss
+from lightning_base.model import Transformer, initialize
+from lightning_base.moe.layer import set_evaluation_mode
+from lightning_base.routing.plan import RoutingPlan
+from lightning_base.routing.router import Router
+
+IGNORED = -100
+
+
+class NonFiniteError(RuntimeError):
+    """A loss or hidden state that is NaN or infinite; names the step and the layer."""
+
+
+class LanguageModel(pl.LightningModule):
+    """Trains a language model whose feed-forward layers a router fills.
+
+    The losses do not depend on how a global batch is cut: a micro batch's loss is its summed negative log-likelihood
+    over the targets of the whole global batch, scaled so that the mean over ranks and micro batches is the true one.
+
+    Args:
+        router: ``_target_`` and options of the router, as in ``conf/router/``.
+        model: options of ``Transformer``, as in ``conf/model/``.
+        optimizer: learning_rate, warmup_steps, schedule, final_learning_rate, weight_decay, betas.
+        max_steps: optimizer steps of the whole run, which the schedule spans.
+        vocab_size: V.
+        sequence_length: the longest L.
+        routing_group: sequences routed together.
+        seed: of the initial weights.
+        loss_coefficients: overrides the router's own for its auxiliary losses.
+        attend_across_documents: False: a position sees only its own document.
+        compile: torch.compile on the inner model.
+        activation_checkpointing: recompute blocks in the backward pass.
+
+    Attributes:
+        plans: the RoutingPlan of each sparse layer in the last forward pass, detached.
+        last_checkpoint: the newest good checkpoint, for the message of a failure; set by whoever saves.
+    """
+
+    bytes_per_token: Tensor
+
+    def __init__(
+        self,
+        *,
+        router: Mapping[str, Any],
+        model: Mapping[str, Any],
+        optimizer: Mapping[str, Any],
+        max_steps: int,
+        vocab_size: int,
+        sequence_length: int,
+        routing_group: int,
+        seed: int,
+        loss_coefficients: Mapping[str, float] | None = None,
+        attend_across_documents: bool = True,
+        compile: bool = False,
+        activation_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        # Plain containers only: a checkpoint must load with weights_only=True.
+        self.save_hyperparameters()
+
+        def make_router() -> Router:
+            made = instantiate(router, "router", Router, width=model["width"])
+            assert isinstance(made, Router)
+            return made
+
+        self.model = Transformer(
+            vocab_size=vocab_size,
+            sequence_length=sequence_length,
+            make_router=make_router,
+            routing_group=routing_group,
+            checkpoint_activations=activation_checkpointing,
+            **model,
+        )
+        initialize(self.model, seed)
+        self.optimizer_options = dict(optimizer)
+        self.max_steps = max_steps
+        self.attend_across_documents = attend_across_documents
+        kind = type(make_router())
+        self.loss_coefficients = {**kind.loss_coefficients, **(loss_coefficients or {})}
+        self.evaluation_modes = kind.evaluation_modes
+        self.register_buffer("bytes_per_token", torch.zeros(vocab_size, dtype=torch.int64))
+        self.validation_loss = LanguageModelLoss()
+        # Not a submodule: the state dict keeps one set of names, compiled or not.
+        self._forward = [torch.compile(self.model) if compile else self.model]
+        self.plans: dict[str, RoutingPlan] = {}
+        self.last_checkpoint: str | None = None
+        self._step_sums: dict[str, Tensor] = {}
+
+    def forward(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, RoutingPlan]]:
+        """Logits [B, L, V] and the plan of each sparse layer."""
+        valid = batch["valid"]
+        document = None if self.attend_across_documents else batch["document"]
+        try:
+            output = self._forward[0](batch["input_ids"], None if bool(valid.all()) else valid, document)
+        except ValueError as error:
+            # A solver refuses NaN scores; the user wants to know where they came from.
+            self._raise_if_not_finite(batch, error)
+            raise
+        self.plans = {name: plan.detached() for name, plan in output.plans.items()}
+        return output.logits, output.plans
+
+    def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
+        logits, plans = self(batch)
+        nll = F.cross_entropy(
+            logits.flatten(0, 1).float(), batch["targets"].flatten(), ignore_index=IGNORED, reduction="sum"
+        )
+        parts = self.trainer.world_size * self.trainer.accumulate_grad_batches
+        share = nll / batch["step_targets"].reshape(-1)[0]
+        loss = share * parts
+        self._add_to_step("loss", share.detach())
+        for name, auxiliary in self._auxiliary_losses(plans).items():
+            self._add_to_step(name, auxiliary.detach() / parts)
+            coefficient = self.loss_coefficients[name]
+            if coefficient:
+                loss = loss + coefficient * auxiliary
+        if not bool(torch.isfinite(loss)):
+            self._raise_if_not_finite(batch, None)
+        return loss
+
+    def on_train_batch_end(self, outputs: object, batch: Mapping[str, Tensor], batch_idx: int) -> None:
+        if (batch_idx + 1) % self.trainer.accumulate_grad_batches:
+            return
+        # Sums over micro batches, then over ranks: the loss of the global batch.
+        reduced = {
+            name: self.trainer.strategy.reduce(value, reduce_op="sum") for name, value in self._step_sums.items()
+        }
+        self._step_sums = {}
+        # An explicit step counts the steps done; Lightning's own is one behind in training and not in validation.
+        values: dict[str, Any] = {f"train/{name}": value for name, value in reduced.items() if name != "loss"}
+        self.log("train/loss", reduced["loss"], prog_bar=True)
+        self.log_dict({**values, "train/learning_rate": self._learning_rate(), "step": float(self.global_step)})
+
+    def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
+        logits, _ = self(batch)
+        targets = batch["targets"].flatten()
+        counted = targets != IGNORED
+        nll = F.cross_entropy(logits.flatten(0, 1).float()[counted], targets[counted], reduction="none")
+        self.validation_loss.update(nll, self.bytes_per_token[targets[counted]])
+
+    def on_validation_epoch_end(self) -> None:
+        self._log_evaluation("validation")
+
+    def test_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
+        self.validation_step(batch, batch_idx)
+
+    def on_test_epoch_end(self) -> None:
+        self._log_evaluation(self.test_name)
+
+    @property
+    def test_name(self) -> str:
+        """What the figures of a test pass are called: ``final``, or ``final_<mode>`` for another evaluation mode."""
+        mode = getattr(self, "_evaluation_mode", None)
+        return "final" if mode is None else f"final_{mode}"
+
+    def set_evaluation_mode(self, mode: str | None) -> None:
+        """Routes evaluation in another of the router's ``evaluation_modes``; None restores the default."""
+        self._evaluation_mode = mode
+        set_evaluation_mode(self.model, mode)
+
+    def configure_optimizers(self) -> Any:
+        """AdamW; weight decay on matrices alone, not on norms, embeddings and centroids."""
+        options = self.optimizer_options
+        decayed, kept = [], []
+        embeddings = {id(m.weight) for m in self.model.modules() if isinstance(m, nn.Embedding)}
+        routers = {id(p) for m in self.model.modules() if isinstance(m, Router) for p in m.parameters()}
+        for parameter in self.model.parameters():
+            exempt = parameter.ndim < 2 or id(parameter) in embeddings or id(parameter) in routers
+            (kept if exempt else decayed).append(parameter)
+        optimizer = torch.optim.AdamW(
+            [
+                {"params": decayed, "weight_decay": float(options["weight_decay"])},
+                {"params": kept, "weight_decay": 0.0},
+            ],
+            lr=float(options["learning_rate"]),
+            betas=tuple(float(beta) for beta in options["betas"]),
+        )
+        schedule = LambdaLR(optimizer, self._learning_rate_factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        gradients = [p.grad for p in self.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        self.log("train/gradient_norm", norm)
+
+    def _learning_rate_factor(self, step: int) -> float:
+        options = self.optimizer_options
+        warmup, peak = options["warmup_steps"], float(options["learning_rate"])
+        final = float(options["final_learning_rate"]) / peak
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        if options["schedule"] == "constant":
+            return 1.0
+        done = min(1.0, (step - warmup) / max(1, self.max_steps - warmup))
+        left = 1 - done if options["schedule"] == "linear" else (1 + math.cos(math.pi * done)) / 2
+        return final + (1 - final) * left
+
+    def _learning_rate(self) -> float:
+        """The rate of the step just taken: the scheduler has already moved on to the next."""
+        return float(self.optimizer_options["learning_rate"]) * self._learning_rate_factor(self.global_step - 1)
+
+    def _auxiliary_losses(self, plans: Mapping[str, RoutingPlan]) -> dict[str, Tensor]:
+        """Each auxiliary loss averaged over layers, so that its coefficient means the same at any depth."""
+        by_name: dict[str, list[Tensor]] = {}
+        for plan in plans.values():
+            for name, loss in plan.losses.items():
+                if name not in self.loss_coefficients:
+                    raise KeyError(
+                        f"the router returns {name}, which has no coefficient: set module.loss_coefficients.{name}"
+                        f"{did_you_mean(name, self.loss_coefficients)}"
+                    )
+                by_name.setdefault(name, []).append(loss)
+        return {name: torch.stack(losses).mean() for name, losses in by_name.items()}
+
+    def _add_to_step(self, name: str, value: Tensor) -> None:
+        self._step_sums[name] = self._step_sums.get(name, torch.zeros_like(value)) + value
+
+    def _log_evaluation(self, name: str) -> None:
+        values: dict[str, Any] = {f"{name}/{key}": value for key, value in self.validation_loss.compute().items()}
+        self.validation_loss.reset()
+        for key, value in values.items():
+            self.log(key, value.float(), prog_bar=key == "validation/loss")
+        self.log("step", float(self.global_step))
+
+    def _raise_if_not_finite(self, batch: Mapping[str, Tensor], cause: Exception | None) -> None:
+        """Runs the batch again with an eye on every block, and names the first that is not finite."""
+        broken: list[str] = []
+
+        def watch(name: str, output: Any) -> None:
+            hidden = output[0] if isinstance(output, tuple) else output
+            if isinstance(hidden, Tensor) and not bool(torch.isfinite(hidden).all()):
+                broken.append(name)
+
+        places: dict[str, nn.Module] = {"embedding": self.model.embedding, **self.model.blocks, "norm": self.model.norm}
+        hooks = [
+            module.register_forward_hook(lambda _m, _i, output, name=name: watch(name, output))
+            for name, module in places.items()
+        ]
+        try:
+            with torch.no_grad():
+                self.model(batch["input_ids"], batch["valid"])
+        except ValueError:
+            pass  # a solver stopped at NaN scores: the hooks have seen where they began, or it is the router itself
+        finally:
+            for hook in hooks:
+                hook.remove()
+        if cause is not None and not broken:
+            bad = [
+                name for name, parameter in self.model.named_parameters() if not bool(torch.isfinite(parameter).all())
+            ]
+            if not bad:
+                return
+            broken = [bad[0].removeprefix("blocks.")]
+        where = f"first in {broken[0]}" if broken else "in the loss itself, with every layer finite"
+        saved = (
+            f"the last good checkpoint is {self.last_checkpoint}" if self.last_checkpoint else "nothing was saved yet"
+        )
+        raise NonFiniteError(
+            f"The loss is not finite at step {self.global_step + 1}, {where}; {saved}. "
+            "Lower module.learning_rate, set trainer.gradient_clip_val, or train in 32-true."
+        ) from cause

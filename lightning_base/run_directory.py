@@ -1,0 +1,97 @@
+"""One job's directory: its status, its manifest, and how both are written so that a crash leaves a whole file."""
+
+import json
+import os
+import socket
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+STATES = ("running", "done", "failed", "preempted")
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """Paths and states of ``runs/<experiment>/<job>/``."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        """Exactly what was composed, and what every rank reads."""
+        return self.path / ".hydra" / "config.yaml"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def failures(self) -> Path:
+        """One file per rank that failed."""
+        return self.path / "failures"
+
+    def status(self) -> dict[str, Any]:
+        """What status.json says, or {} if there is none."""
+        return read_json(self.path / "status.json")
+
+    def manifest(self) -> dict[str, Any]:
+        """What manifest.json says, or {} if there is none."""
+        return read_json(self.path / "manifest.json")
+
+    def write_status(self, state: str, **more: Any) -> None:
+        """Writes status.json, whole or not at all; keeps when the job started."""
+        assert state in STATES, state
+        now = time.time()
+        started = now if state == "running" else self.status().get("started", now)
+        base = {"state": state, "started": started, "updated": now, "seconds": round(now - started, 1)}
+        write_json(self.path / "status.json", {**base, "pid": os.getpid(), "host": socket.gethostname(), **more})
+
+    def write_manifest(self, **fields: Any) -> None:
+        """Adds fields to manifest.json."""
+        write_json(self.path / "manifest.json", {**self.manifest(), **fields})
+
+    def is_alive(self) -> bool:
+        """Whether the process that wrote a ``running`` status on this machine is still there."""
+        status = self.status()
+        if status.get("state") != "running" or status.get("host") != socket.gethostname():
+            return False
+        pid = status.get("pid", -1)
+        if pid == os.getpid() or not psutil.pid_exists(pid):
+            return False
+        try:
+            # A process that started after the status was written has only inherited the number.
+            return psutil.Process(pid).create_time() < status["updated"]
+        except psutil.Error:
+            return False
+
+    def is_foreign(self) -> bool:
+        """Whether there is something here that no job of ours left."""
+        if not self.path.exists() or (self.path / "status.json").exists():
+            return False
+        return any(self.path.iterdir())
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file, or {} if the file is not there."""
+    try:
+        found = json.loads(path.read_text())
+    except FileNotFoundError:
+        return {}
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} does not hold a JSON object")
+    return found
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Writes a JSON object beside its place and moves it there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(temporary, "w") as file:
+        json.dump(content, file, indent=2)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)

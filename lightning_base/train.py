@@ -1,0 +1,249 @@
+"""Trains one arm: what every rank runs, ``python -m lightning_base.train RUN_DIRECTORY``."""
+
+import os
+import random
+import sys
+import time
+import traceback
+import warnings
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+import yaml
+from pytorch_lightning.loggers import Logger, TensorBoardLogger
+from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
+
+from lightning_base import checkpoint
+from lightning_base.callbacks.certificate import BatchFingerprint, Certificate
+from lightning_base.callbacks.clock import TrainingClock
+from lightning_base.callbacks.expert_load import ExpertLoadLogger
+from lightning_base.callbacks.metrics_csv import MetricsCsv
+from lightning_base.callbacks.progress import ArmProgressBar
+from lightning_base.callbacks.saving import PeriodicCheckpoint, Preemption
+from lightning_base.config import Config, check_devices, read_config
+from lightning_base.data import Corpus, TextDataModule
+from lightning_base.distributed.launch import PREEMPTED, die_with_parent
+from lightning_base.instantiation import ConfigError, instantiate
+from lightning_base.module import LanguageModel
+from lightning_base.run_directory import RunDirectory, write_json
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a run ended: ``state`` is ``done`` or ``preempted``; ``metrics`` are those of the final evaluation."""
+
+    state: str
+    directory: Path
+    metrics: dict[str, float]
+
+
+def run(config: Config, directory: Path) -> Result:
+    """Trains and evaluates one arm as one rank of a process tree, or the only one.
+
+    Picks up from the newest whole checkpoint in ``directory``, if there is one. Leaves ``status.json`` at ``running``:
+    whoever launched the tree knows whether all of it ended well.
+    """
+    job = RunDirectory(directory)
+    plain = yaml.safe_load(job.config.read_text())
+    seed_everything(config.seed)
+    torch.set_num_threads(threads_per_rank(config))
+    resume = checkpoint.newest(job.checkpoints)
+    resumed_step = int(resume.stem.split("_")[1]) if resume else None
+
+    data = build_data(config)
+    module = build_module(config)
+    clock, fingerprint = TrainingClock(), BatchFingerprint()
+    load = ExpertLoadLogger(directory / "expert_load.csv", resumed_step)
+    preemption = Preemption(job)
+    loggers: list[Logger] = [MetricsCsv(directory / "metrics.csv", lambda: clock.seconds, resumed_step)]
+    if config.logger.tensorboard:
+        loggers.insert(0, TensorBoardLogger(directory, name="", version="tensorboard", default_hp_metric=False))
+    callbacks: list[pl.Callback] = [clock, fingerprint, load, Certificate(job, plain)]
+    if config.trainer.progress_bar:
+        callbacks.append(ArmProgressBar(job))
+    # Last, so that a checkpoint holds what the others have counted up to this step.
+    callbacks += [PeriodicCheckpoint(job, config.trainer.checkpoint_every_n_steps), preemption]
+    trainer = build_trainer(config, directory, loggers, callbacks)
+
+    trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
+    if preemption.stopped:
+        return Result("preempted", directory, {})
+    metrics: dict[str, float] = {}
+    for mode in (None, *module.evaluation_modes[1:]):
+        module.set_evaluation_mode(mode)
+        (values,) = trainer.test(module, datamodule=data, verbose=False)
+        metrics.update(values)
+    metrics.pop("step", None)
+    batch_fingerprint, sequences = fingerprint.combined()
+    totals = trainer.strategy.reduce(torch.tensor(list(load.totals.values()), dtype=torch.float64), reduce_op="sum")
+    tokens, assignments, dropped = (int(total) for total in totals)
+    if trainer.is_global_zero:
+        hyperparameters = {"router": router_name(config), "seed": config.seed, **flat_router(config)}
+        for logger in loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.log_hyperparams(hyperparameters, {f"hp/{k}": v for k, v in metrics.items()})
+        job.write_manifest(
+            batch_fingerprint=batch_fingerprint,
+            steps=trainer.global_step,
+            sequences=sequences,
+            tokens=tokens,
+            assignments=assignments,
+            assignments_dropped=dropped,
+            training_seconds=round(clock.seconds, 3),
+            result=metrics,
+        )
+    return Result("done", directory, metrics)
+
+
+def build_data(config: Config) -> TextDataModule:
+    """The data of a run; nothing is read yet."""
+    options = {key: value for key, value in asdict(config.data).items() if key != "corpus"}
+    return TextDataModule(
+        instantiate(config.data.corpus, "data.corpus", Corpus),
+        seed=config.seed,
+        num_steps=config.trainer.max_steps,
+        accumulation=config.trainer.accumulate_grad_batches,
+        **options,
+    )
+
+
+def build_module(config: Config) -> LanguageModel:
+    """The model and its optimizer, with its initial weights."""
+    optimizer = asdict(config.module)
+    return LanguageModel(
+        router=config.router,
+        model=asdict(config.model),
+        max_steps=config.trainer.max_steps,
+        vocab_size=config.data.vocab_size,
+        sequence_length=config.data.sequence_length,
+        routing_group=config.data.routing_group,
+        seed=config.seed,
+        attend_across_documents=config.data.attend_across_documents,
+        loss_coefficients=optimizer.pop("loss_coefficients"),
+        compile=optimizer.pop("compile"),
+        activation_checkpointing=optimizer.pop("activation_checkpointing"),
+        optimizer=optimizer,
+    )
+
+
+def build_trainer(config: Config, directory: Path, loggers: list[Logger], callbacks: list[pl.Callback]) -> pl.Trainer:
+    """Lightning's Trainer: one epoch is the whole run, and data order and checkpoints are ours."""
+    options = config.trainer
+    accelerator = check_devices(options)
+    batches = options.max_steps * options.accumulate_grad_batches
+    return pl.Trainer(
+        default_root_dir=directory,
+        accelerator=accelerator,
+        devices=options.devices,
+        num_nodes=options.num_nodes,
+        strategy=build_strategy(config, accelerator),
+        precision=options.precision,
+        max_steps=options.max_steps,
+        max_epochs=1,
+        accumulate_grad_batches=options.accumulate_grad_batches,
+        gradient_clip_val=options.gradient_clip_val,
+        log_every_n_steps=options.log_every_n_steps,
+        val_check_interval=min(batches, options.validate_every_n_steps * options.accumulate_grad_batches),
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=options.progress_bar,
+        detect_anomaly=options.detect_anomaly,
+        logger=loggers,
+        callbacks=callbacks,
+        plugins=[checkpoint.VerifiedCheckpointIO()],
+    )
+
+
+def build_strategy(config: Config, accelerator: str) -> Strategy | str:
+    """One process, or DDP over the ranks that torchrun has started, with a time-out on every collective."""
+    if config.trainer.world_size == 1:
+        return SingleDeviceStrategy(device="cuda:0" if accelerator == "gpu" else "cpu")
+    return DDPStrategy(
+        process_group_backend="nccl" if accelerator == "gpu" else "gloo",
+        timeout=timedelta(seconds=config.strategy.timeout_seconds),
+    )
+
+
+def threads_per_rank(config: Config) -> int:
+    """CPU threads of this rank: as configured, or the cores this process may use shared among the ranks."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return config.trainer.threads or max(1, cores // config.trainer.devices)
+
+
+def seed_everything(seed: int) -> None:
+    """Seeds every generator; weights and data have seeds of their own that do not depend on these."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def router_name(config: Config) -> str:
+    """The router's class, as the ledger names it."""
+    return str(config.router["_target_"]).rpartition(".")[2]
+
+
+def flat_router(config: Config) -> dict[str, Any]:
+    """The router's options with plain keys, as TensorBoard's HParams page wants them."""
+    return {f"router.{key}": str(value) for key, value in config.router.items() if key != "_target_"}
+
+
+def quiet_warnings() -> None:
+    """Turns off the warnings of Lightning that advise what this program does on purpose."""
+    for message in (
+        ".*does not have many workers.*",
+        ".*Checkpoint directory .* exists and is not empty.*",
+        ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*",
+        ".*GPU available but not used.*",
+    ):
+        warnings.filterwarnings("ignore", message=message)
+
+
+def main(directory: Path) -> int:
+    """One rank of a job; gives the exit code. A failure is written to a file before anything can hang."""
+    die_with_parent()
+    quiet_warnings()
+    job = RunDirectory(directory)
+    rank = int(os.environ.get("RANK", 0))
+    try:
+        config = read_config(yaml.safe_load(job.config.read_text()))
+        result = run(config, directory)
+    except BaseException as error:
+        write_failure(job, rank, error)
+        if isinstance(error, ConfigError):
+            return 2
+        raise
+    if result.state == "preempted" and rank == 0:
+        job.write_status("preempted")
+    return PREEMPTED if result.state == "preempted" else 0
+
+
+def write_failure(job: RunDirectory, rank: int, error: BaseException) -> None:
+    """Leaves what happened on this rank where the launcher finds it."""
+    write_json(
+        job.failures / f"rank_{rank}.json",
+        {
+            "time": time.time(),
+            "rank": rank,
+            "error": f"{type(error).__name__}: {error}",
+            "traceback": "".join(traceback.format_exception(error)),
+        },
+    )
+
+
+if __name__ == "__main__":
+    code = 1
+    try:
+        code = main(Path(sys.argv[1]))
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Not sys.exit: with another rank gone, tearing down the process group may wait for it.
+    os._exit(code)
