@@ -20,6 +20,7 @@ _HOME = {
     "GlobalBatchSampler": "order",
     "check_batch": "order",
     "EvaluationSampler": "evaluation",
+    "TokenLoader": "loader",
     "TrainingLoader": "loader",
     "TextDataModule": "datamodule",
 }

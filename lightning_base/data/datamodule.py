@@ -4,11 +4,10 @@ import warnings
 from pathlib import Path
 
 import pytorch_lightning as pl
-from torchdata.stateful_dataloader import StatefulDataLoader
 
 from lightning_base.data.corpus import Corpus, CorpusError
 from lightning_base.data.evaluation import EvaluationSampler
-from lightning_base.data.loader import TrainingLoader
+from lightning_base.data.loader import TokenLoader, TrainingLoader
 from lightning_base.data.order import GlobalBatchSampler, check_batch
 from lightning_base.data.preparation import prepare
 from lightning_base.data.prepared import PreparedCorpus
@@ -138,11 +137,11 @@ class TextDataModule(pl.LightningDataModule):
         )
         return TrainingLoader(dataset, sampler, self.num_workers)
 
-    def val_dataloader(self) -> StatefulDataLoader:
+    def val_dataloader(self) -> TokenLoader:
         """`validation_sequences` sequences of the validation split."""
         return self._evaluation_loader(self.validation_sequences)
 
-    def test_dataloader(self) -> StatefulDataLoader:
+    def test_dataloader(self) -> TokenLoader:
         """The whole validation split."""
         return self._evaluation_loader(None)
 
@@ -159,7 +158,7 @@ class TextDataModule(pl.LightningDataModule):
             drop_last=training,
         )
 
-    def _evaluation_loader(self, limit: int | None) -> StatefulDataLoader:
+    def _evaluation_loader(self, limit: int | None) -> TokenLoader:
         dataset = self._sequences(self._opened(), training=False)
         sampler = EvaluationSampler(
             len(dataset),
@@ -170,7 +169,7 @@ class TextDataModule(pl.LightningDataModule):
             rank=self.rank,
             limit=limit,
         )
-        return StatefulDataLoader(dataset, batch_sampler=sampler)
+        return TokenLoader(dataset, sampler)
 
     def _opened(self) -> PreparedCorpus:
         if self.prepared is None:

@@ -17,6 +17,9 @@ from lightning_base.data.tokenizer import END_OF_TEXT, load_tokenizer, pieces, t
 # Text encoded at a time: enough to occupy all cores, little enough to forget.
 BATCH_BYTES = 1 << 20
 
+# The largest vocabulary whose tokens fit into two bytes.
+UINT16_TOKENS = 1 << 16
+
 
 def write_corpus(folder: Path, reader: Reader, split: Split, vocab_size: int, bytes_in_corpus: int) -> None:
     """Trains the tokenizer, then writes every file of a prepared corpus into `folder`."""
@@ -25,7 +28,7 @@ def write_corpus(folder: Path, reader: Reader, split: Split, vocab_size: int, by
     train_tokenizer(texts, vocab_size).save(str(folder / "tokenizer.json"))
     tokenizer = load_tokenizer(folder / "tokenizer.json")
     vocab_size = tokenizer.get_vocab_size()
-    dtype = "<u2" if vocab_size <= 1 << 16 else "<u4"
+    dtype = "<u2" if vocab_size <= UINT16_TOKENS else "<u4"
     domains: dict[str, int] = {}
     with ExitStack() as stack:
         train, validation = (stack.enter_context(SplitWriter(folder, name, tokenizer, dtype)) for name in SPLITS)

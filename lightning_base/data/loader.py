@@ -1,17 +1,35 @@
-"""The training loader: where it stands is one number, the sequences that all ranks together have consumed."""
+"""Loaders of sequences. Where training stands is one number: the sequences all ranks together have consumed."""
 
 import multiprocessing
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch.utils.data import Sampler
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from lightning_base.data.order import SEQUENCES_CONSUMED, GlobalBatchSampler
 from lightning_base.data.sequences import SequenceDataset
 
 
-class TrainingLoader(StatefulDataLoader):
+class TokenLoader(StatefulDataLoader):
+    """Batches of sequences, in the order of a batch sampler."""
+
+    def __init__(self, dataset: SequenceDataset, sampler: Sampler[list[int]], num_workers: int = 0) -> None:
+        with warnings.catch_warnings():
+            # torchdata 0.11 calls a function that torch 2.10 and later call deprecated.
+            warnings.filterwarnings("ignore", message="'set_vital' is deprecated")
+            super().__init__(
+                dataset,
+                batch_sampler=sampler,
+                num_workers=num_workers,
+                # Forking a process with threads (Lightning, tokenizers, CUDA) can deadlock.
+                multiprocessing_context=worker_context() if num_workers else None,
+            )
+
+
+class TrainingLoader(TokenLoader):
     """Batches of one rank for a whole run.
 
     A batch is the items of its sequences, stacked to [b, L], and `step_targets`, an int64 scalar: the targets in the
@@ -24,13 +42,7 @@ class TrainingLoader(StatefulDataLoader):
     """
 
     def __init__(self, dataset: SequenceDataset, sampler: GlobalBatchSampler, num_workers: int = 0) -> None:
-        super().__init__(
-            dataset,
-            batch_sampler=sampler,
-            num_workers=num_workers,
-            # Forking a process with threads (Lightning, tokenizers, CUDA) can deadlock.
-            multiprocessing_context=worker_context() if num_workers else None,
-        )
+        super().__init__(dataset, sampler, num_workers)
         self._consumed = sampler.start
         self._resume: int | None = None
 
@@ -70,5 +82,9 @@ class TrainingLoader(StatefulDataLoader):
 
 def worker_context() -> multiprocessing.context.BaseContext:
     """How to start a loader's workers without forking this process."""
-    methods = multiprocessing.get_all_start_methods()
-    return multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    # Imported once in the server that workers are forked from, instead of once in each of them.
+    context.set_forkserver_preload(["__main__", "lightning_base.data.sequences"])
+    return context

@@ -99,7 +99,7 @@ class SequenceDataset(Dataset[dict[str, torch.Tensor]]):
         if index != PADDING:
             if not 0 <= index < self.length:
                 raise IndexError(f"sequence {index} of {self.length}")
-            (start,), (stop,), (document,) = self._bounds(np.asarray([index]))
+            start, stop, document = (int(bound[0]) for bound in self._bounds(np.asarray([index])))
             length = stop - start
             input_L[int(start == 0) : length] = split.tokens[max(start - 1, 0) : stop - 1]
             target_L[:length] = split.tokens[start:stop]
