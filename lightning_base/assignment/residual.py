@@ -13,6 +13,7 @@ F64 = NDArray[np.float64]
 I64 = NDArray[np.int64]
 
 BALANCED, UNREACHABLE = 0, 1
+STALE = -2  # a residual edge whose cheapest token has just left
 
 
 @kernel
@@ -36,6 +37,16 @@ def _unlink(slot: int, expert: int, head: I64, after: I64, before: I64) -> None:
 
 
 @kernel
+def _offer(slot: int, row: F64, earned: float, loss: F64, via: I64) -> None:
+    """Enter one slot into the row of the residual graph that belongs to its expert. Branch-free, so it vectorises."""
+    for f in range(row.shape[0]):
+        d = earned - row[f]
+        less = d < loss[f]
+        loss[f] = d if less else loss[f]
+        via[f] = slot if less else via[f]
+
+
+@kernel
 def _cheapest_moves(e: int, k: int, open_NE: F64, value: F64, head: I64, after: I64, loss_EE: F64, via_EE: I64) -> None:
     """Row e of the residual graph: the least loss of moving one token from e to each other expert, and which slot."""
     E = open_NE.shape[1]
@@ -46,19 +57,53 @@ def _cheapest_moves(e: int, k: int, open_NE: F64, value: F64, head: I64, after: 
         via[f] = -1
     slot = head[e]
     while slot >= 0:
-        row = open_NE[slot // k]
-        v = value[slot]
-        for f in range(E):
-            d = v - row[f]
-            less = d < loss[f]
-            loss[f] = d if less else loss[f]
-            via[f] = slot if less else via[f]
+        _offer(slot, open_NE[slot // k], value[slot], loss, via)
         slot = after[slot]
 
 
 @kernel
+def _relax(
+    base: float, u: int, loss: F64, price: float, prices: F64, dist: F64, waiting: F64, parent: I64
+) -> None:
+    """Shorten the distance of every expert that is nearer through u. Branch-free, so it vectorises."""
+    for f in range(loss.shape[0]):
+        reduced = loss[f] - price + prices[f]
+        # Rounding can leave a reduced cost a few ulps below zero; Dijkstra needs it at zero. Settled nodes need no
+        # check: their distance is at most `base`.
+        d = base + (reduced if reduced > 0.0 else 0.0)
+        nearer = d < dist[f]
+        dist[f] = d if nearer else dist[f]
+        waiting[f] = d if nearer else waiting[f]
+        parent[f] = u if nearer else parent[f]
+
+
+@kernel
+def _nearest(waiting: F64) -> int:
+    """Index of the smallest entry, the first of equals; -1 if all are inf."""
+    n = waiting.shape[0]
+    lanes = np.empty(8, np.float64)
+    for j in range(8):
+        lanes[j] = np.inf
+    for i in range(0, n - 7, 8):
+        for j in range(8):
+            x = waiting[i + j]
+            lanes[j] = x if x < lanes[j] else lanes[j]
+    least = np.inf
+    for j in range(8):
+        least = min(least, lanes[j])
+    for i in range(n - n % 8, n):
+        least = min(least, waiting[i])
+    if least == np.inf:
+        return -1
+    for i in range(n):
+        if waiting[i] == least:
+            return i
+    return -1
+
+
+@kernel
 def _shortest_path(
-    excess: I64, loss_EE: F64, prices: F64, bonus: I64, num_bonus: int, dist: F64, done: I64, parent: I64
+    excess: I64, loss_EE: F64, prices: F64, bonus: I64, num_bonus: int, dist: F64, waiting: F64, parent: I64
 ) -> int:
     """Dijkstra with reduced costs from all experts with too many tokens to the nearest with too few; raises prices.
 
@@ -67,45 +112,35 @@ def _shortest_path(
     """
     E = loss_EE.shape[0]
     for u in range(E + 1):
-        dist[u] = np.inf
-        done[u] = 0
+        dist[u] = 0.0 if u < E and excess[u] > 0 else np.inf
+        waiting[u] = dist[u]
         parent[u] = -1
-    for u in range(E):
-        if excess[u] > 0:
-            dist[u] = 0.0
     for _ in range(E + 1):
-        u = -1
-        best = np.inf
-        for v in range(E + 1):
-            if done[v] == 0 and dist[v] < best:
-                best = dist[v]
-                u = v
+        u = _nearest(waiting)
         if u < 0:
             return -1
+        best = dist[u]
         if u < E and excess[u] < 0:
             for v in range(E + 1):
-                if done[v] == 1:
+                if dist[v] < best:
                     prices[v] += best - dist[v]
             return u
-        done[u] = 1
+        waiting[u] = np.inf
         if u < E:
-            for f in range(E):
-                # Rounding can leave a reduced cost a few ulps below zero; Dijkstra needs it at zero.
-                d = best + max(0.0, loss_EE[u, f] - prices[u] + prices[f])
-                if done[f] == 0 and d < dist[f]:
-                    dist[f] = d
-                    parent[f] = u
+            _relax(best, u, loss_EE[u], prices[u], prices, dist, waiting, parent)
             if num_bonus > 0 and bonus[u] == 0:
                 d = best + max(0.0, prices[E] - prices[u])
-                if done[E] == 0 and d < dist[E]:
+                if d < dist[E]:
                     dist[E] = d
+                    waiting[E] = d
                     parent[E] = u
         else:
             for f in range(E):
                 if bonus[f] == 1:
                     d = best + max(0.0, prices[f] - prices[E])
-                    if done[f] == 0 and d < dist[f]:
+                    if d < dist[f]:
                         dist[f] = d
+                        waiting[f] = d
                         parent[f] = E
     return -1
 
@@ -125,9 +160,14 @@ def _tied(e: int, f: int, k: int, limit: int, open_NE: F64, value: F64, head: I6
 @kernel
 def _move(
     e: int, f: int, k: int, count: int, open_NE: F64, value: F64, place: I64,
-    head: I64, after: I64, before: I64, loss: float, dirty: I64,
+    head: I64, after: I64, before: I64, loss_EE: F64, via_EE: I64, stale: I64,
 ) -> None:  # fmt: skip
-    """Move `count` tokens that lose exactly `loss` from e to f; experts whose row of the graph changes become dirty."""
+    """Move `count` tokens that lose the least from e to f, and mark what this makes stale in the residual graph."""
+    E = open_NE.shape[1]
+    loss = loss_EE[e, f]
+    if count > 4:  # cheaper to recompute both rows than to enter so many slots one by one
+        stale[e] = 2
+        stale[f] = 2
     slot = head[e]
     while slot >= 0 and count > 0:
         following = after[slot]
@@ -137,11 +177,47 @@ def _move(
             _link(slot, f, head, after, before)
             open_NE[row, e], value[slot], open_NE[row, f] = value[slot], open_NE[row, f], -np.inf
             place[slot] = f
-            for sibling in range(row * k, row * k + k):
-                dirty[place[sibling]] = 1
             count -= 1
+            if stale[f] == 2 and stale[e] == 2:
+                slot = following
+                continue
+            left = via_EE[e]
+            for g in range(E):
+                left[g] = STALE if left[g] == slot else left[g]
+            stale[e] = max(stale[e], 1)
+            _offer(slot, open_NE[row], value[slot], loss_EE[f], via_EE[f])
+            if k > 1:  # the token's other slots may now move to e and no longer to f
+                for sibling in range(row * k, row * k + k):
+                    stale[place[sibling]] = 2
         slot = following
-    dirty[e] = 1
+
+
+@kernel
+def _refresh(
+    e: int, k: int, open_NE: F64, value: F64, head: I64, after: I64, loss_EE: F64, via_EE: I64, stale: I64
+) -> None:
+    """Recompute the stale entries of row e: the one or two columns whose cheapest token has left, or all."""
+    E = open_NE.shape[1]
+    columns = 0
+    for g in range(E):
+        columns += 1 if via_EE[e, g] == STALE else 0
+    if stale[e] == 2 or 8 * columns > E:  # reading whole rows vectorises, reading columns does not
+        _cheapest_moves(e, k, open_NE, value, head, after, loss_EE, via_EE)
+    elif columns > 0:
+        for g in range(E):
+            if via_EE[e, g] == STALE:
+                least = np.inf
+                via = -1
+                slot = head[e]
+                while slot >= 0:
+                    d = value[slot] - open_NE[slot // k, g]
+                    if d < least:
+                        least = d
+                        via = slot
+                    slot = after[slot]
+                loss_EE[e, g] = least
+                via_EE[e, g] = via
+    stale[e] = 0
 
 
 @kernel
@@ -170,15 +246,15 @@ def rebalance(
     for e in range(E):
         _cheapest_moves(e, k, open_NE, value, head, after, loss_EE, via_EE)
     dist = np.empty(E + 1, np.float64)
-    done = np.empty(E + 1, np.int64)
+    waiting = np.empty(E + 1, np.float64)
     parent = np.empty(E + 1, np.int64)
-    dirty = np.zeros(E, np.int64)
+    stale = np.zeros(E, np.int64)
     left = 0
     for e in range(E):
         left += max(excess[e], 0)
     paths = 0
     while left > 0:
-        sink = _shortest_path(excess, loss_EE, prices, bonus, num_bonus, dist, done, parent)
+        sink = _shortest_path(excess, loss_EE, prices, bonus, num_bonus, dist, waiting, parent)
         if sink < 0:
             return UNREACHABLE, paths
         paths += 1
@@ -201,12 +277,11 @@ def rebalance(
             elif e == E:
                 bonus[f] = 0
             else:
-                _move(e, f, k, count, open_NE, value, place, head, after, before, loss_EE[e, f], dirty)
+                _move(e, f, k, count, open_NE, value, place, head, after, before, loss_EE, via_EE, stale)
             f = e
         for e in range(E):
-            if dirty[e] == 1:
-                _cheapest_moves(e, k, open_NE, value, head, after, loss_EE, via_EE)
-                dirty[e] = 0
+            if stale[e] > 0:
+                _refresh(e, k, open_NE, value, head, after, loss_EE, via_EE, stale)
         excess[source] -= count
         excess[sink] += count
         left -= count

@@ -40,8 +40,24 @@ def _transport(scores_TE: Tensor, loads: Loads, start_E: Tensor | None, **option
     from lightning_base.assignment.transport import solve_transport  # Numba takes a second to import
 
     start = None if start_E is None else start_E.cpu().numpy()
-    expert, prices = solve_transport(scores_TE.cpu(), loads, start, **options)
-    return Answer(torch.from_numpy(expert), torch.from_numpy(prices))
+    exponent = _exponent(scores_TE)
+    if exponent != 0:  # powers of two: exact, and no sum or difference can overflow
+        scores_TE = torch.ldexp(scores_TE.double(), torch.tensor(-exponent))
+        start = None if start is None else np.ldexp(start, -exponent)
+    if scores_TE.dtype not in (torch.float32, torch.float64):
+        scores_TE = scores_TE.float()
+    expert, prices = solve_transport(scores_TE.cpu().contiguous().numpy(), loads, start, **options)
+    return Answer(torch.from_numpy(expert), torch.from_numpy(np.ldexp(prices, exponent)))
+
+
+def _exponent(scores_TE: Tensor) -> int:
+    """0 if the largest score has an ordinary magnitude, otherwise the power of two that brings it to one."""
+    low, high = (float(x) for x in scores_TE.aminmax())
+    if math.isinf(low):
+        magnitude = float(scores_TE.abs().where(scores_TE.isfinite(), 0.0).amax())
+    else:
+        magnitude = max(abs(low), abs(high))
+    return 0 if 2.0**-60 < magnitude < 2.0**60 else math.frexp(magnitude)[1]
 
 
 def _oracle(scores_TE: Tensor, loads: Loads, start_E: Tensor | None) -> Answer:
