@@ -1,7 +1,9 @@
 """The schema of the configuration, and the checks that cross fields: one sentence for every mistake."""
 
 import dataclasses
+import hashlib
 import math
+import re
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -249,12 +251,13 @@ def job_name(override_dirname: str) -> str:
 
     >>> job_name("router=base,seed=2")
     'router=base,seed=2'
+    >>> job_name("model.width=64,router=base")
+    'router=base,model.width=64'
     >>> job_name("")
     'default'
     """
-    import hashlib
-
-    name = override_dirname.replace("/", "_") or "default"
+    # The router first: it is what one looks for in a listing.
+    name = re.sub(r"^(.*),(router=[^,]*)", r"\2,\1", override_dirname.replace("/", "_")) or "default"
     if len(name.encode()) <= 120:
         return name
     return f"{name[:100]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"

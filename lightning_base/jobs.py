@@ -195,9 +195,9 @@ def check_nodes(config: Config) -> None:
 
 def prepare_data(config: Config) -> None:
     """Builds the corpus before any rank waits for it; says what is wrong with it before anything is spent."""
-    from lightning_base.train import build_data, quiet_warnings
+    from lightning_base.train import build_data, quiet
 
-    quiet_warnings()
+    quiet()
     try:
         build_data(config).prepare_data()
     except ConfigError:
@@ -241,7 +241,8 @@ class CheckSweep(Callback):
         sweep = Path(config.hydra.sweep.dir)
         jobs: list[RunDirectory] = []
         corpora: list[Config] = []
-        for overrides in expand(config):
+        combinations = expand(config)
+        for overrides in combinations:
             composed = loader.load_sweep_config(config, list(overrides))
             HydraConfig.instance().set_config(composed)
             subdirectory = str(composed.hydra.sweep.subdir)
@@ -256,7 +257,10 @@ class CheckSweep(Callback):
                 corpora.append(checked)
         for checked in corpora:
             prepare_data(checked)
-        write_json(sweep / "sweep.json", {"jobs": [run.path.name for run in jobs]})
+        labels = job_labels(combinations)
+        write_json(
+            sweep / "sweep.json", {"jobs": {run.path.name: label for run, label in zip(jobs, labels, strict=True)}}
+        )
         if CheckSweep.expected is not None:
             CheckSweep.expected[:] = jobs
 
@@ -269,6 +273,13 @@ def expand(config: DictConfig) -> Sequence[Sequence[str]]:
     written = [f"{key}={value}" for key, value in parameters.items()] + list(config.hydra.overrides.task)
     parsed = OverridesParser.create().parse_overrides(written)
     return [overrides for batch in BasicSweeper.split_arguments(parsed, None) for overrides in batch]
+
+
+def job_labels(combinations: Sequence[Sequence[str]]) -> list[str]:
+    """What tells the jobs of a sweep apart: the overrides that are not common to all of them."""
+    common = set.intersection(*(set(overrides) for overrides in combinations)) if len(combinations) > 1 else set()
+    distinct = [[override for override in overrides if override not in common] for overrides in combinations]
+    return [", ".join(override.removeprefix("router=") for override in overrides) for overrides in distinct]
 
 
 def summarize(jobs: Sequence[RunDirectory]) -> int:

@@ -102,6 +102,13 @@ class LanguageModel(pl.LightningModule):
         self.last_checkpoint: str | None = None
         self._step_sums: dict[str, Tensor] = {}
 
+    def setup(self, stage: str) -> None:
+        """Takes the bytes of each token from the data, if the data knows them, for bits per byte."""
+        prepared = getattr(getattr(self.trainer, "datamodule", None), "prepared", None)
+        if prepared is not None:
+            known = torch.from_numpy(prepared.bytes_per_token)
+            self.bytes_per_token[: len(known)] = known.to(self.bytes_per_token)
+
     def forward(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, RoutingPlan]]:
         """Logits [B, L, V] and the plan of each sparse layer."""
         valid = batch["valid"]

@@ -1,5 +1,6 @@
 """Trains one arm: what every rank runs, ``python -m lightning_base.train RUN_DIRECTORY``."""
 
+import logging
 import os
 import random
 import sys
@@ -194,8 +195,10 @@ def flat_router(config: Config) -> dict[str, Any]:
     return {f"router.{key}": str(value) for key, value in config.router.items() if key != "_target_"}
 
 
-def quiet_warnings() -> None:
-    """Turns off the warnings of Lightning that advise what this program does on purpose."""
+def quiet() -> None:
+    """Turns off Lightning's announcements, and its warnings that advise against what this program does on purpose."""
+    for name in ("pytorch_lightning", "lightning.pytorch", "lightning_fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     for message in (
         ".*does not have many workers.*",
         ".*Checkpoint directory .* exists and is not empty.*",
@@ -208,7 +211,7 @@ def quiet_warnings() -> None:
 def main(directory: Path) -> int:
     """One rank of a job; gives the exit code. A failure is written to a file before anything can hang."""
     die_with_parent()
-    quiet_warnings()
+    quiet()
     job = RunDirectory(directory)
     rank = int(os.environ.get("RANK", 0))
     try:

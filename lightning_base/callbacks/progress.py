@@ -8,6 +8,7 @@ import pytorch_lightning as pl
 from pytorch_lightning.callbacks import TQDMProgressBar
 from tqdm import tqdm
 
+from lightning_base.module import LanguageModel
 from lightning_base.run_directory import RunDirectory, read_json
 
 
@@ -21,7 +22,8 @@ class ArmProgressBar(TQDMProgressBar):
         # Written to a file, a bar is a line per refresh: fewer of them.
         super().__init__(refresh_rate=1 if sys.stderr.isatty() else 25)
         self.run = run
-        self.jobs: list[str] = read_json(run.path.parent / "sweep.json").get("jobs", [])
+        self.labels: dict[str, str] = read_json(run.path.parent / "sweep.json").get("jobs", {})
+        self.jobs = list(self.labels)
         self._began = time.time()
 
     def arm(self) -> str:
@@ -29,7 +31,7 @@ class ArmProgressBar(TQDMProgressBar):
         name = self.run.path.name
         if name not in self.jobs:
             return name
-        return f"arm {self.jobs.index(name) + 1} of {len(self.jobs)}: {name}"
+        return f"arm {self.jobs.index(name) + 1} of {len(self.jobs)}: {self.labels[name]}"
 
     def seconds_left(self, done: int, total: int) -> float | None:
         """An estimate for this arm and all that follow; None before the first step."""
@@ -42,7 +44,7 @@ class ArmProgressBar(TQDMProgressBar):
         others = [RunDirectory(self.run.path.parent / job).status() for job in self.jobs]
         finished = [status["seconds"] for status in others if status.get("state") == "done"]
         waiting = len(self.jobs) - self.jobs.index(self.run.path.name) - 1
-        ahead = [job for job in self.jobs[-waiting:] if waiting] if waiting else []
+        ahead = self.jobs[len(self.jobs) - waiting :]
         unfinished = sum(RunDirectory(self.run.path.parent / job).status().get("state") != "done" for job in ahead)
         each = sum(finished) / len(finished) if finished else elapsed * total / done
         return own + unfinished * each
@@ -55,6 +57,18 @@ class ArmProgressBar(TQDMProgressBar):
     def init_validation_tqdm(self) -> tqdm:
         # One line for the arm: short validation passes would each leave another.
         return tqdm(disable=True)
+
+    def init_test_tqdm(self) -> tqdm:
+        bar = super().init_test_tqdm()
+        bar.bar_format = "{desc} {percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]"
+        return bar
+
+    def on_test_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any, **kwargs: Any
+    ) -> None:
+        super().on_test_batch_start(trainer, pl_module, *args, **kwargs)
+        assert isinstance(pl_module, LanguageModel)
+        self.test_progress_bar.set_description(f"{self.arm()}, {pl_module.test_name} evaluation", refresh=False)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._began = time.time()
