@@ -50,7 +50,7 @@ def verified(folder: Path) -> bool:
     """Whether every file that belongs into `folder` is there and is what it was when it was written."""
     try:
         checksums = json.loads((folder / CHECKSUMS).read_text())
-        return all(_sha256(folder / name) == expected for name, expected in checksums.items())
+        return bool(checksums) and all(_sha256(folder / name) == expected for name, expected in checksums.items())
     except (OSError, ValueError, AttributeError):
         return False
 

@@ -94,18 +94,21 @@ class TextDataModule(pl.LightningDataModule):
         return self.trainer.global_rank if self.trainer else 0
 
     def prepare_data(self) -> None:
-        """Builds the cache, or finds it, and checks that there is enough text for one training batch.
+        """Builds the cache, or finds it, and checks that there is enough text for one training batch; once.
 
         Raises:
             CorpusError: the input cannot be used, in one sentence that names the key.
         """
-        self.prepared = prepare(
+        if self.prepared is not None:
+            return
+        prepared = prepare(
             self.corpus,
             vocab_size=self.vocab_size,
             validation_fraction=self.validation_fraction,
             cache_dir=self.cache_dir,
         )
-        self._check_size(self.prepared)
+        self._check_size(prepared)
+        self.prepared = prepared
 
     def setup(self, stage: str | None = None) -> None:
         """Opens the cache; only the first rank of each node has read the corpus to find it.

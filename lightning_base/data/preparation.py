@@ -10,7 +10,7 @@ from lightning_base.data.corpus import Corpus, CorpusError
 from lightning_base.data.encode import write_corpus
 from lightning_base.data.prepared import FORMAT, PreparedCorpus
 from lightning_base.data.survey import Reader, choose_split, survey
-from lightning_base.data.tokenizer import SMALLEST_VOCABULARY
+from lightning_base.data.tokenizer import SMALLEST_VOCABULARY, untrained_tokenizer
 
 
 def prepare(
@@ -55,6 +55,7 @@ def prepare(
     settings = {
         "format": FORMAT,
         "content": found.content,
+        "tokenizer": untrained_tokenizer().to_str(),
         "vocab_size": vocab_size,
         "split": split._asdict(),
     }

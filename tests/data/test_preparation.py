@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from filelock import FileLock
 from synthetic_corpora import ListCorpus, make_documents
 
 from lightning_base.data import CorpusError, Document, PreparedCorpus, TokenSplit, prepare
@@ -137,7 +138,7 @@ def test_text_settings_and_names_each_have_a_cache_of_their_own(tmp_path: Path) 
     assert len(folders) == 5
 
 
-@pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "sidecar"])
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "sidecar", "empty sidecar"])
 def test_a_damaged_cache_is_found_and_made_again(corpus: ListCorpus, tmp_path: Path, damage: str) -> None:
     one = prepare(corpus, vocab_size=300, cache_dir=tmp_path)
     before = one.train.tokens.tolist()
@@ -151,7 +152,7 @@ def test_a_damaged_cache_is_found_and_made_again(corpus: ListCorpus, tmp_path: P
     elif damage == "remove":
         file.unlink()
     else:
-        (one.folder / "checksums.json").write_text("{")
+        (one.folder / "checksums.json").write_text("{" if damage == "sidecar" else "{}")
     again = prepare(corpus, vocab_size=300, cache_dir=tmp_path)
     assert again.fingerprint == one.fingerprint
     assert again.train.tokens.tolist() == before
@@ -255,7 +256,7 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", GROWTH, str(tmp_path)], capture_output=True, text=True, timeout=300, check=True
     )
-    assert float(done.stdout) < 12
+    assert float(done.stdout) < 20
 
 
 @pytest.mark.parametrize(
@@ -289,6 +290,16 @@ def test_a_corpus_that_changes_between_readings_is_refused(tmp_path: Path) -> No
 
     with pytest.raises(CorpusError, match=r"data\.corpus changed while it was being read"):
         prepare(Growing(), vocab_size=300, cache_dir=tmp_path)
+
+
+def test_a_process_that_prepares_for_ever_is_not_waited_for_for_ever(corpus: ListCorpus, tmp_path: Path) -> None:
+    name = prepare(corpus, vocab_size=300, cache_dir=tmp_path / "elsewhere").folder.name
+    held = FileLock(tmp_path / f"{name}.lock")
+    with (
+        held,
+        pytest.raises(CorpusError, match=r"^data\.cache_dir=.*: another process has been preparing .* wait for it"),
+    ):
+        prepare(corpus, vocab_size=300, cache_dir=tmp_path, lock_timeout=0.05)
 
 
 def test_a_cache_folder_that_cannot_be_written_is_named(corpus: ListCorpus, tmp_path: Path) -> None:
