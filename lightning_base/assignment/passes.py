@@ -13,52 +13,53 @@ I64 = NDArray[np.int64]
 I32 = NDArray[np.int32]
 Floats = NDArray[np.floating]
 
-BLOCK = 64  # tokens turned at a time: [E, 64] stays in the cache, and 64 running maxima in the registers
+BLOCK = 64  # tokens side by side: their running maxima stay in registers
 
 
 @kernel
-def best_two(
-    scores_TE: Floats, prices: Floats, start: int, stop: int, best_T: I32, margin_T: Floats
-) -> None:
-    """Best expert of tokens start..stop at these prices, and by how much it leads the second best.
-
-    A block of tokens is turned to experts first, so that comparing experts vectorises across tokens. One read of the
-    scores, O(T E). The margin is inf where no second expert is open; the best is -1 where none is.
-    """
-    E = scores_TE.shape[1]
-    turned = np.empty((E, BLOCK), scores_TE.dtype)
-    top = np.empty(BLOCK, scores_TE.dtype)
-    runner = np.empty(BLOCK, scores_TE.dtype)
-    top_at = np.empty(BLOCK, np.int32)
-    for low in range(start, stop, BLOCK):
-        n = min(BLOCK, stop - low)
-        for j in range(n):
-            row = scores_TE[low + j]
+def turn(scores_TE: Floats, start: int, stop: int, turned_BEJ: Floats) -> None:
+    """Copy blocks start..stop of 64 tokens with experts first, [blocks, E, 64]; O(T E), once per problem."""
+    T, E = scores_TE.shape
+    for b in range(start, stop):
+        for j in range(min(BLOCK, T - b * BLOCK)):
             for e in range(E):
-                turned[e, j] = row[e]
-        for j in range(n):
+                turned_BEJ[b, e, j] = scores_TE[b * BLOCK + j, e]
+
+
+@kernel
+def best_two(turned_BEJ: Floats, prices: Floats, start: int, stop: int, best_T: I32, margin_T: Floats) -> None:
+    """Best expert of each token in blocks start..stop at these prices, and by how much it leads the second best.
+
+    One read of the scores, O(T E), vectorised across the 64 tokens of a block. The margin is inf where no second
+    expert is open; the best is -1 where none is.
+    """
+    T = best_T.shape[0]
+    E = turned_BEJ.shape[1]
+    top = np.empty(BLOCK, turned_BEJ.dtype)
+    runner = np.empty(BLOCK, turned_BEJ.dtype)
+    top_at = np.empty(BLOCK, np.int32)
+    for b in range(start, stop):
+        for j in range(BLOCK):
             top[j] = -np.inf
             runner[j] = -np.inf
             top_at[j] = -1
         for e in range(E):
-            row = turned[e]
+            row = turned_BEJ[b, e]
             p = prices[e]
-            for j in range(n):
+            for j in range(BLOCK):
                 x = row[j] - p
                 wins = x > top[j]
                 places = x > runner[j]
                 runner[j] = top[j] if wins else (x if places else runner[j])
                 top_at[j] = np.int32(e) if wins else top_at[j]
                 top[j] = x if wins else top[j]
-        for j in range(n):
-            best_T[low + j] = top_at[j]
-            margin_T[low + j] = top[j] - runner[j]
+        for j in range(min(BLOCK, T - b * BLOCK)):
+            best_T[b * BLOCK + j] = top_at[j]
+            margin_T[b * BLOCK + j] = top[j] - runner[j]
 
 
 @kernel
-def best_k(
-    scores_TE: Floats, prices: Floats, k: int, start: int, stop: int, chosen_TK: I32, margin_T: Floats
-) -> None:
+def best_k(scores_TE: Floats, prices: Floats, k: int, start: int, stop: int, chosen_TK: I32, margin_T: Floats) -> None:
     """The k best experts of tokens start..stop, and by how much the last of them leads the one after; O(T E k)."""
     E = scores_TE.shape[1]
     value = np.empty(k + 1, scores_TE.dtype)
@@ -82,26 +83,31 @@ def best_k(
 
 @kernel
 def place_rows(
-    scores_NE: F64, prices: F64, k: int, slack: float, free: I64, value: F64, place: I64
-) -> int:
+    scores_NE: F64, prices: F64, k: int, slack: float, known_NK: I64, sure_N: NDArray[np.bool_], free: I64, value: F64,
+    place: I64,
+) -> int:  # fmt: skip
     """Give each row its k best experts in double precision, ties (within `slack`) to the expert with most room left.
 
-    `free` [E] is the room before these rows are placed and is used up here. Taken entries of `scores_NE` become -inf.
-    Returns -1, or the first row that has fewer than k experts open to it. O(N E k).
+    Rows marked `sure` take the experts `known` from a pass in lower precision. `free` [E] is the room before these rows
+    are placed and is used up here. Taken entries of `scores_NE` become -inf. Returns -1, or the first row that has
+    fewer than k experts open to it. O(N E k).
     """
     N, E = scores_NE.shape
     for r in range(N):
         row = scores_NE[r]
         for i in range(k):
-            best = -np.inf
-            for e in range(E):
-                best = max(best, row[e] - prices[e])
-            if best == -np.inf:
-                return r
             at = -1
-            for e in range(E):
-                if row[e] - prices[e] >= best - slack and (at < 0 or free[e] > free[at]):
-                    at = e
+            if sure_N[r]:
+                at = known_NK[r, i]
+            else:
+                best = -np.inf
+                for e in range(E):
+                    best = max(best, row[e] - prices[e])
+                if best == -np.inf:
+                    return r
+                for e in range(E):
+                    if row[e] - prices[e] >= best - slack and (at < 0 or free[e] > free[at]):
+                        at = e
             place[r * k + i] = at
             value[r * k + i] = row[at]
             row[at] = -np.inf

@@ -62,9 +62,7 @@ def _cheapest_moves(e: int, k: int, open_NE: F64, value: F64, head: I64, after: 
 
 
 @kernel
-def _relax(
-    base: float, u: int, loss: F64, price: float, prices: F64, dist: F64, waiting: F64, parent: I64
-) -> None:
+def _relax(base: float, u: int, loss: F64, price: float, prices: F64, dist: F64, waiting: F64, parent: I64) -> None:
     """Shorten the distance of every expert that is nearer through u. Branch-free, so it vectorises."""
     for f in range(loss.shape[0]):
         reduced = loss[f] - price + prices[f]
