@@ -183,7 +183,9 @@ class LanguageModel(pl.LightningModule):
     def configure_optimizers(self) -> Any:
         """AdamW; weight decay on matrices alone, not on norms, embeddings and centroids."""
         options = self.optimizer_options
-        decayed, kept = [], []
+        decayed: list[nn.Parameter] = []
+        kept: list[nn.Parameter] = []
+        first, second = (float(beta) for beta in options["betas"])
         embeddings = {id(m.weight) for m in self.model.modules() if isinstance(m, nn.Embedding)}
         routers = {id(p) for m in self.model.modules() if isinstance(m, Router) for p in m.parameters()}
         for parameter in self.model.parameters():
@@ -195,7 +197,7 @@ class LanguageModel(pl.LightningModule):
                 {"params": kept, "weight_decay": 0.0},
             ],
             lr=float(options["learning_rate"]),
-            betas=tuple(float(beta) for beta in options["betas"]),
+            betas=(first, second),
         )
         schedule = LambdaLR(optimizer, self._learning_rate_factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

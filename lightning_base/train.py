@@ -58,8 +58,9 @@ def run(config: Config, directory: Path) -> Result:
 
     data = build_data(config)
     module = build_module(config)
-    clock, fingerprint = TrainingClock(), BatchFingerprint()
-    load = ExpertLoadLogger(directory / "expert_load.csv", resumed_step)
+    every = config.trainer.log_every_n_steps
+    clock, fingerprint = TrainingClock(every), BatchFingerprint()
+    load = ExpertLoadLogger(directory / "expert_load.csv", every, resumed_step)
     preemption = Preemption(job)
     loggers: list[Logger] = [MetricsCsv(directory / "metrics.csv", lambda: clock.seconds, resumed_step)]
     if config.logger.tensorboard:
@@ -200,6 +201,7 @@ def quiet() -> None:
     for name in ("pytorch_lightning", "lightning.pytorch", "lightning_fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     for message in (
+        ".*It is recommended to use `self.log.*sync_dist=True.*",  # our metrics are synchronised already
         ".*does not have many workers.*",
         ".*Checkpoint directory .* exists and is not empty.*",
         ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*",

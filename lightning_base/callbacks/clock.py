@@ -17,7 +17,8 @@ class TrainingClock(pl.Callback):
     device memory on a GPU, resident memory on a CPU.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, log_every_n_steps: int) -> None:
+        self.log_every_n_steps = log_every_n_steps
         self.seconds = 0.0
         self._started: float | None = None
         self._window_seconds, self._window_tokens, self._window_steps = 0.0, 0, 0
@@ -42,7 +43,7 @@ class TrainingClock(pl.Callback):
         self._window_tokens += int(batch["step_targets"].reshape(-1)[0])
         self._window_steps += 1
         step = trainer.global_step
-        if step % trainer.log_every_n_steps and step != 1:
+        if step % self.log_every_n_steps and step != 1:
             return
         values = {
             "train/step_time": self._window_seconds / self._window_steps,

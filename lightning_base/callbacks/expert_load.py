@@ -29,10 +29,12 @@ class ExpertLoadLogger(pl.Callback):
 
     Args:
         path: the CSV file.
+        log_every_n_steps: optimizer steps between two records in training; the first step is recorded too.
         resumed_step: rows after this step are cut when a run resumes.
     """
 
-    def __init__(self, path: Path, resumed_step: int | None = None) -> None:
+    def __init__(self, path: Path, log_every_n_steps: int, resumed_step: int | None = None) -> None:
+        self.log_every_n_steps = log_every_n_steps
         self.path, self.resumed_step = path, resumed_step
         self.totals = {"tokens": 0, "assignments": 0, "dropped": 0}
         self._history: dict[str, list[tuple[int, np.ndarray]]] = {}
@@ -57,7 +59,7 @@ class ExpertLoadLogger(pl.Callback):
         self.totals["tokens"] += next(iter(pl_module.plans.values())).num_tokens
         # The step in progress, from the batch index: global_step moves only with the last micro batch.
         step = batch_idx // parts + 1
-        if step % trainer.log_every_n_steps and step != 1:
+        if step % self.log_every_n_steps and step != 1:
             return
         self.metric.update(pl_module.plans)
         if (batch_idx + 1) % parts == 0:

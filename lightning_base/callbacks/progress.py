@@ -6,7 +6,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import TQDMProgressBar
-from tqdm import tqdm
+from pytorch_lightning.callbacks.progress.tqdm_progress import Tqdm
 
 from lightning_base.module import LanguageModel
 from lightning_base.run_directory import RunDirectory, read_json
@@ -49,16 +49,16 @@ class ArmProgressBar(TQDMProgressBar):
         each = sum(finished) / len(finished) if finished else elapsed * total / done
         return own + unfinished * each
 
-    def init_train_tqdm(self) -> tqdm:
+    def init_train_tqdm(self) -> Tqdm:
         bar = super().init_train_tqdm()
         bar.bar_format = "{desc} {percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
         return bar
 
-    def init_validation_tqdm(self) -> tqdm:
+    def init_validation_tqdm(self) -> Tqdm:
         # One line for the arm: short validation passes would each leave another.
-        return tqdm(disable=True)
+        return Tqdm(disable=True)
 
-    def init_test_tqdm(self) -> tqdm:
+    def init_test_tqdm(self) -> Tqdm:
         bar = super().init_test_tqdm()
         bar.bar_format = "{desc} {percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]"
         return bar
