@@ -105,7 +105,7 @@ def balanced_assignment(
     *,
     solver: str = "transport",
     capacities: Sequence[int] | NDArray[np.integer] | Tensor | None = None,
-    prices: Float[Tensor, "E"] | None = None,
+    prices: Tensor | None = None,
     k: int = 1,
     certificate: bool = False,
     **options: Any,

@@ -31,17 +31,15 @@ def solve_transport(scores_TE: Floats, loads: Loads, start_E: F64 | None) -> tup
     3. Successive shortest paths among those who may move.
     4. If some held token would now rather be elsewhere, it may move too, and 2 and 3 are repeated at the new prices.
 
-    Bound: the samples have log_8 T levels; each has at most `len(NEWTON)` steps; 2 to 4 are done at most `ROUNDS` times,
-    the last time with every token free to move, when there is nothing left to check.
+    Bound: the samples have log_8 T levels; each has at most `len(NEWTON)` steps; 2 to 4 are done at most `ROUNDS`
+    times, the last time with every token free to move, when there is nothing left to check.
 
     Raises ValueError if the forbidden pairs (-inf) leave no assignment.
     """
     announce_compilation(rebalance)
     choice = Choice(scores_TE, loads.k)
-    if start_E is None:
-        prices = _price_by_sample(choice, loads)
-    else:
-        prices = _newton(choice, loads, start_E.copy(), warm=True)
+    cold = start_E is None
+    prices = _price_by_sample(choice, loads) if cold else _newton(choice, loads, np.array(start_E), warm=True)
     expert, prices, balanced = _assign(choice, loads, prices)
     if not balanced:
         raise ValueError("scores: the forbidden pairs (-inf) leave no assignment with these loads")
@@ -114,9 +112,8 @@ def _unhappy(choice: Choice, expert_TK: I64, held_T: NDArray[np.bool_], before: 
     """Held tokens whose experts are no longer their best at the new prices, in double precision."""
     change = after - before
     # A margin shrinks by at most the rise of the token's own dearest expert less the least rise of any other.
-    unsure = np.flatnonzero(
-        held_T & (choice.margin_T <= change[expert_TK].max(1) - change.min() + choice.rounding(after))
-    )
+    shrink = change[expert_TK].max(1) - change.min() + choice.rounding(after)
+    unsure = np.flatnonzero(held_T & (choice.margin_T <= shrink))
     rows = choice.scores_TE[unsure].astype(np.float64) - after
     own = np.take_along_axis(rows, expert_TK[unsure], 1).min(1)
     np.put_along_axis(rows, expert_TK[unsure], -np.inf, 1)
