@@ -13,6 +13,7 @@ F64 = NDArray[np.float64]
 I64 = NDArray[np.int64]
 
 BALANCED, UNREACHABLE = 0, 1
+SHARE = 4  # Dijkstra goes on until one in so many of the experts with too many tokens is served
 STALE = -2  # a residual edge whose cheapest token has just left
 
 
@@ -100,34 +101,42 @@ def _nearest(waiting: F64) -> int:
 
 
 @kernel
-def _shortest_path(
-    excess: I64, loss_EE: F64, prices: F64, bonus: I64, num_bonus: int, dist: F64, waiting: F64, parent: I64
-) -> int:
-    """Dijkstra with reduced costs from all experts with too many tokens to the nearest with too few; raises prices.
+def _shortest_paths(
+    excess: I64, loss_EE: F64, prices: F64, bonus: I64, num_bonus: int, most: int,
+    dist: F64, waiting: F64, parent: I64, sinks: I64, used: I64,
+) -> int:  # fmt: skip
+    """Dijkstra with reduced costs from all experts with too many tokens to up to `most` with too few; raises prices.
 
-    Node E stands for the pool of bonus places. At most E + 1 nodes are settled, each scanned once: O(E^2).
-    Returns the expert reached, or -1 if none can be.
+    The paths found start at different experts, so they lie in different trees and share no edge; at the new prices
+    every edge on them costs nothing, so all may be used. Node E stands for the pool of bonus places. At most E + 1
+    nodes are settled, each scanned once: O(E^2). Returns the number of paths, 0 if no expert can be reached.
     """
     E = loss_EE.shape[0]
     for u in range(E + 1):
         dist[u] = 0.0 if u < E and excess[u] > 0 else np.inf
         waiting[u] = dist[u]
         parent[u] = -1
+        used[u] = 0
+    found = 0
     for _ in range(E + 1):
         u = _nearest(waiting)
         if u < 0:
-            return -1
-        best = dist[u]
+            break
         if u < E and excess[u] < 0:
-            for v in range(E + 1):
-                if dist[v] < best:
-                    prices[v] += best - dist[v]
-            return u
+            root = u
+            while parent[root] >= 0:
+                root = parent[root]
+            if used[root] == 0:
+                used[root] = 1
+                sinks[found] = u
+                found += 1
+                if found == most:
+                    break
         waiting[u] = np.inf
         if u < E:
-            _relax(best, u, loss_EE[u], prices[u], prices, dist, waiting, parent)
+            _relax(dist[u], u, loss_EE[u], prices[u], prices, dist, waiting, parent)
             if num_bonus > 0 and bonus[u] == 0:
-                d = best + max(0.0, prices[E] - prices[u])
+                d = dist[u] + max(0.0, prices[E] - prices[u])
                 if d < dist[E]:
                     dist[E] = d
                     waiting[E] = d
@@ -135,12 +144,17 @@ def _shortest_path(
         else:
             for f in range(E):
                 if bonus[f] == 1:
-                    d = best + max(0.0, prices[f] - prices[E])
+                    d = dist[E] + max(0.0, prices[f] - prices[E])
                     if d < dist[f]:
                         dist[f] = d
                         waiting[f] = d
                         parent[f] = E
-    return -1
+    if found > 0:
+        farthest = dist[sinks[found - 1]]
+        for v in range(E + 1):
+            if dist[v] < farthest:
+                prices[v] += farthest - dist[v]
+    return found
 
 
 @kernel
@@ -219,6 +233,39 @@ def _refresh(
 
 
 @kernel
+def _push(
+    sink: int, k: int, parent: I64, excess: I64, bonus: I64, open_NE: F64, value: F64, place: I64,
+    head: I64, after: I64, before: I64, loss_EE: F64, via_EE: I64, stale: I64,
+) -> int:  # fmt: skip
+    """Move tokens along the path that ends at `sink`, as many as are tied on all of it; returns how many."""
+    E = loss_EE.shape[0]
+    source = sink
+    through_pool = False
+    while parent[source] >= 0:
+        source = parent[source]
+        through_pool = through_pool or source == E
+    count = 1 if through_pool else min(excess[source], -excess[sink])
+    f = sink
+    while count > 1 and parent[f] >= 0:
+        e = parent[f]
+        count = min(count, _tied(e, f, k, count, open_NE, value, head, after, loss_EE[e, f]))
+        f = e
+    f = sink
+    while parent[f] >= 0:
+        e = parent[f]
+        if f == E:
+            bonus[e] = 1
+        elif e == E:
+            bonus[f] = 0
+        else:
+            _move(e, f, k, count, open_NE, value, place, head, after, before, loss_EE, via_EE, stale)
+        f = e
+    excess[source] -= count
+    excess[sink] += count
+    return count
+
+
+@kernel
 def rebalance(
     open_NE: F64, value: F64, place: I64, k: int, excess: I64, bonus: I64, num_bonus: int, prices: F64
 ) -> tuple[int, int]:
@@ -247,40 +294,27 @@ def rebalance(
     waiting = np.empty(E + 1, np.float64)
     parent = np.empty(E + 1, np.int64)
     stale = np.zeros(E, np.int64)
+    sinks = np.empty(E, np.int64)
+    used = np.empty(E + 1, np.int64)
     left = 0
     for e in range(E):
         left += max(excess[e], 0)
     paths = 0
     while left > 0:
-        sink = _shortest_path(excess, loss_EE, prices, bonus, num_bonus, dist, waiting, parent)
-        if sink < 0:
+        sources = 0
+        for e in range(E):
+            sources += 1 if excess[e] > 0 else 0
+        most = 1 + sources // SHARE if k == 1 else 1  # with k > 1 two paths could want to move the same token
+        found = _shortest_paths(excess, loss_EE, prices, bonus, num_bonus, most, dist, waiting, parent, sinks, used)
+        if found == 0:
             return UNREACHABLE, paths
-        paths += 1
-        source = sink
-        through_pool = False
-        while parent[source] >= 0:
-            source = parent[source]
-            through_pool = through_pool or source == E
-        count = 1 if through_pool else min(excess[source], -excess[sink])
-        f = sink
-        while count > 1 and parent[f] >= 0:
-            e = parent[f]
-            count = min(count, _tied(e, f, k, count, open_NE, value, head, after, loss_EE[e, f]))
-            f = e
-        f = sink
-        while parent[f] >= 0:
-            e = parent[f]
-            if f == E:
-                bonus[e] = 1
-            elif e == E:
-                bonus[f] = 0
-            else:
-                _move(e, f, k, count, open_NE, value, place, head, after, before, loss_EE, via_EE, stale)
-            f = e
+        for i in range(found):
+            count = _push(
+                sinks[i], k, parent, excess, bonus, open_NE, value, place, head, after, before, loss_EE, via_EE, stale
+            )
+            left -= count
+        paths += found
         for e in range(E):
             if stale[e] > 0:
                 _refresh(e, k, open_NE, value, head, after, loss_EE, via_EE, stale)
-        excess[source] -= count
-        excess[sink] += count
-        left -= count
     return BALANCED, paths

@@ -40,24 +40,8 @@ def _transport(scores_TE: Tensor, loads: Loads, start_E: Tensor | None, **option
     from lightning_base.assignment.transport import solve_transport  # Numba takes a second to import
 
     start = None if start_E is None else start_E.cpu().numpy()
-    exponent = _exponent(scores_TE)
-    if exponent != 0:  # powers of two: exact, and no sum or difference can overflow
-        scores_TE = torch.ldexp(scores_TE.double(), torch.tensor(-exponent))
-        start = None if start is None else np.ldexp(start, -exponent)
-    if scores_TE.dtype not in (torch.float32, torch.float64):
-        scores_TE = scores_TE.float()
     expert, prices = solve_transport(scores_TE.cpu().contiguous().numpy(), loads, start, **options)
-    return Answer(torch.from_numpy(expert), torch.from_numpy(np.ldexp(prices, exponent)))
-
-
-def _exponent(scores_TE: Tensor) -> int:
-    """0 if the largest score has an ordinary magnitude, otherwise the power of two that brings it to one."""
-    low, high = (float(x) for x in scores_TE.aminmax())
-    if math.isinf(low):
-        magnitude = float(scores_TE.abs().where(scores_TE.isfinite(), 0.0).amax())
-    else:
-        magnitude = max(abs(low), abs(high))
-    return 0 if 2.0**-60 < magnitude < 2.0**60 else math.frexp(magnitude)[1]
+    return Answer(torch.from_numpy(expert), torch.from_numpy(prices))
 
 
 def _oracle(scores_TE: Tensor, loads: Loads, start_E: Tensor | None) -> Answer:
@@ -137,35 +121,47 @@ def balanced_assignment(
         raise ValueError(f"k: solver {solver!r} assigns one expert per token, got k = {k}; use 'transport'")
     loads = even_loads(T, E, k) if capacities is None else given_loads(capacities, T, E, k)
     scores = scores.detach()
-    _check(scores)
+    work = scores if scores.dtype in (torch.float32, torch.float64) else scores.float()  # exact, and quicker to read
+    exponent = _checked_exponent(work)
+    if exponent != 0:
+        work = torch.ldexp(work.double(), torch.tensor(-exponent))
     open_E = torch.from_numpy(loads.base + (loads.bonus > 0) > 0).to(scores.device)
     if prices is not None:
-        prices = _checked_prices(prices, E)
+        prices = torch.ldexp(_checked_prices(prices, E), torch.tensor(-exponent))
     if T == 0:
         answer = Answer(torch.empty(0, k, dtype=torch.int64), None)
     elif solver == "greedy" or bool(open_E.all()):
-        answer = SOLVERS[solver](scores, loads, prices, **options)
+        answer = SOLVERS[solver](work, loads, prices, **options)
     else:
-        answer = _without_closed(SOLVERS[solver], scores, loads, prices, open_E, options)
+        answer = _without_closed(SOLVERS[solver], work, loads, prices, open_E, options)
     expert = answer.expert.to(scores.device)
     found = torch.zeros(E, dtype=torch.float64) if answer.prices is None else answer.prices.to("cpu", torch.float64)
-    found = (found - found.mean()).to(scores.device)
+    found = torch.ldexp(found - found.mean(), torch.tensor(exponent)).to(scores.device)
     objective = float(scores.gather(1, expert).double().sum()) if T else 0.0
     gap = dual_bound(scores, found, loads) - objective if certificate else None
     return Assignment(expert if k > 1 else expert[:, 0], found, objective, gap)
 
 
-def _check(scores_TE: Tensor) -> None:
-    """NaN and +inf are errors that name the first row; everything else is a score or a forbidden pair."""
+def _checked_exponent(scores_TE: Tensor) -> int:
+    """0 if the largest score has an ordinary magnitude, otherwise the power of two that brings it to one.
+
+    Scaling by a power of two is exact, and then no sum or difference can overflow. NaN and +inf are errors that name the
+    first row; everything else is a score or a forbidden pair.
+    """
     if scores_TE.numel() == 0:
-        return
-    largest = float(scores_TE.amax())
-    if math.isfinite(largest) or largest == -math.inf:
-        return
-    name = "NaN" if math.isnan(largest) else "+inf"
-    bad = scores_TE.isnan() if math.isnan(largest) else scores_TE == math.inf
-    row, expert = bad.nonzero()[0].tolist()
-    raise ValueError(f"scores: {name} in row {row} (token {row}, expert {expert}); finite scores or -inf are needed")
+        return 0
+    low, high = (float(x) for x in scores_TE.aminmax())
+    if math.isnan(high) or high == math.inf:
+        name = "NaN" if math.isnan(high) else "+inf"
+        bad = scores_TE.isnan() if math.isnan(high) else scores_TE == math.inf
+        row, expert = bad.nonzero()[0].tolist()
+        raise ValueError(
+            f"scores: {name} in row {row} (token {row}, expert {expert}); finite scores or -inf are needed"
+        )
+    magnitude = max(abs(low), abs(high))
+    if low == -math.inf:
+        magnitude = float(scores_TE.abs().where(scores_TE.isfinite(), 0.0).amax())
+    return 0 if magnitude == 0 or 2.0**-60 < magnitude < 2.0**60 else math.frexp(magnitude)[1]
 
 
 def _checked_prices(prices_E: Tensor, num_experts: int) -> Tensor:

@@ -19,7 +19,7 @@ I64 = NDArray[np.int64]
 
 SAMPLE = 8  # every eighth token prices the experts for all
 SMALL = 2**14  # up to so many scores, shortest paths alone are quickest
-NEWTON = (0.5, 0.25, 0.12)  # smoothing of the Newton steps, in mean margins
+NEWTON = (1.0, 0.5, 0.25)  # smoothing of the Newton steps, in mean margins
 ROUNDS = 4
 
 
@@ -78,7 +78,7 @@ def _newton(choice: Choice, loads: Loads, prices: F64, warm: bool) -> F64:
     finite = np.isfinite(choice.margin_T)
     scale = float(choice.margin_T.mean(where=finite, dtype=np.float64)) if finite.any() else 0.0
     for factor in NEWTON[1:] if warm else NEWTON:
-        if scale == 0.0 or choice.excess(loads) <= E:
+        if scale == 0.0 or 2 * choice.excess(loads) <= E:
             break
         newton_step(choice.scores_TE, choice.chosen_TK[:, 0], choice.margin_T, loads.target, scale * factor, prices)
         choice.at(prices)
@@ -88,7 +88,8 @@ def _newton(choice: Choice, loads: Loads, prices: F64, warm: bool) -> F64:
 def _assign(choice: Choice, loads: Loads, prices: F64) -> tuple[I64, F64, bool]:
     """Optimal assignment and prices, starting at prices where `choice` already stands; steps 2 to 4."""
     T, E = choice.scores_TE.shape
-    wanted = max(T // 4, 4 * E)
+    # Where ties leave whole groups of tokens in the wrong place, prices have far to go and holding any is in vain.
+    wanted = T if choice.excess(loads) > T // 16 else max(T // 4, 4 * E)
     may_move = np.zeros(T, bool)
     for round_ in range(ROUNDS):
         if round_ == ROUNDS - 1 or wanted >= T or T * E <= SMALL:
@@ -136,7 +137,7 @@ def _shortest_paths(choice: Choice, loads: Loads, prices: F64, index: I64) -> tu
         held = np.ones(T, bool)
         held[index] = False
         free -= np.bincount(expert[held].ravel(), minlength=E)
-    rows_NE = scores_TE[index].astype(np.float64)
+    rows_NE = (scores_TE if len(index) == T else scores_TE[index]).astype(np.float64)
     value = np.empty(len(index) * k)
     place = np.empty(len(index) * k, np.int64)
     slack = 2.0**-46 * float(np.abs(prices).max())
