@@ -177,7 +177,13 @@ def read_config(node: Mapping[str, Any]) -> Config:
         ConfigError: one sentence about the first mistake.
     """
     config = _build(Config, node, "")
-    _check_across(config)
+    try:
+        _check_across(config)
+    except ConfigError:
+        raise
+    except ValueError as error:
+        # Routers and data know nothing of configurations; their sentences name the keys all the same.
+        raise ConfigError(str(error)) from error
     return config
 
 
@@ -215,12 +221,9 @@ def _check_across(config: Config) -> None:
             f"trainer.devices={trainer.devices} and trainer.num_nodes={trainer.num_nodes} need several processes, "
             "which strategy=single does not start: add strategy=ddp"
         )
-    try:
-        check_batch(
-            config.data.global_batch, trainer.world_size, trainer.accumulate_grad_batches, config.data.routing_group
-        )
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
+    check_batch(
+        config.data.global_batch, trainer.world_size, trainer.accumulate_grad_batches, config.data.routing_group
+    )
     if config.module.warmup_steps > trainer.max_steps:
         raise ConfigError(
             f"module.warmup_steps={config.module.warmup_steps} exceeds trainer.max_steps={trainer.max_steps}: "

@@ -54,6 +54,10 @@ def main() -> None:
     except (ConfigError, HydraException, OmegaConfBaseException) as error:
         print(f"error: {explain(error)}", file=sys.stderr)
         sys.exit(BAD_INPUT)
+    except OSError as error:
+        # Hydra makes the directories; what goes wrong later on has been written to a status.json.
+        print(f"error: the run directory cannot be used: {error}", file=sys.stderr)
+        sys.exit(BAD_INPUT)
     except KeyboardInterrupt:
         print("interrupted; what is done stays done, and the same command goes on from there", file=sys.stderr)
         sys.exit(130)
@@ -252,6 +256,8 @@ class CheckSweep(Callback):
             check_nodes(checked)
             run = RunDirectory(sweep / subdirectory)
             check_run_directory(run, plain)
+            if run in jobs:
+                raise ConfigError(f"two jobs of the sweep would share {shown(run.path)}: let hydra.sweep.subdir differ")
             jobs.append(run)
             if all(checked.data != other.data for other in corpora):
                 corpora.append(checked)

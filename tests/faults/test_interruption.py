@@ -1,0 +1,146 @@
+"""Real signals to real runs: what is done stays done, and the same command goes on from there."""
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import program
+import pytest
+import torch
+
+STEPS = 60
+LONG = (f"trainer.max_steps={STEPS}", "trainer.checkpoint_every_n_steps=10", "trainer.validate_every_n_steps=20")
+
+
+def start(*arguments: str) -> subprocess.Popen:
+    """The program in the background, in a process group of its own."""
+    return subprocess.Popen(
+        program.command(*arguments),
+        env=program.environment(),
+        cwd=program.REPOSITORY,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def wait_for_step(folder: Path, step: int, process: subprocess.Popen, seconds: float = 120) -> Path:
+    """The job's directory, once it has logged a step."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        for path in folder.glob("debug/*/metrics.csv"):
+            if any(done >= step for done, _ in program.series(path.parent, "train/loss")):
+                return path.parent
+        assert process.poll() is None, process.stderr.read() if process.stderr else ""
+        time.sleep(0.05)
+    raise AssertionError(f"step {step} was not reached in {seconds} s")
+
+
+def wait_until_gone(folder: Path, seconds: float = 60) -> list[str]:
+    """The processes that still work on a folder when the time is up; none, one hopes."""
+    deadline = time.monotonic() + seconds
+    while (left := program.processes_of(folder)) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    return left
+
+
+@pytest.fixture(scope="module")
+def undisturbed(small_corpus: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nobody interrupts."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    done = program.train(*small_corpus, *LONG, f"runs_dir={folder}")
+    assert done.returncode == 0, done.stderr
+    return program.only_job(folder)
+
+
+def final_weights(directory: Path) -> dict[str, torch.Tensor]:
+    return torch.load(directory / "checkpoints" / f"step_{STEPS}.ckpt", weights_only=True)["state_dict"]
+
+
+def assert_same_run(directory: Path, undisturbed: Path) -> None:
+    """Bit for bit: weights, losses, batches."""
+    expected, found = final_weights(undisturbed), final_weights(directory)
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    assert program.series(directory, "train/loss") == program.series(undisturbed, "train/loss")
+    assert program.series(directory, "validation/loss") == program.series(undisturbed, "validation/loss")
+    manifests = [program.read(path / "manifest.json") for path in (directory, undisturbed)]
+    for field in ("batch_fingerprint", "sequences", "tokens", "assignments", "initial_weights_fingerprint", "result"):
+        assert manifests[0][field] == manifests[1][field], field
+
+
+def test_sigterm_saves_and_the_same_command_continues_bit_for_bit(
+    small_corpus: list[str], tmp_path: Path, undisturbed: Path
+) -> None:
+    arguments = (*small_corpus, *LONG, f"runs_dir={tmp_path}")
+    process = start(*arguments)
+    directory = wait_for_step(tmp_path, 13, process)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=90)
+    assert process.returncode == 128 + signal.SIGTERM, errors
+    assert program.read(directory / "status.json")["state"] == "preempted"
+    assert len(program.series(directory, "train/loss")) < STEPS
+
+    again = program.train(*arguments)
+    assert again.returncode == 0, again.stderr
+    assert program.read(directory / "status.json")["state"] == "done"
+    assert_same_run(directory, undisturbed)
+
+
+def test_sigterm_to_a_job_of_two_ranks_stops_both_at_the_same_step(small_corpus: list[str], tmp_path: Path) -> None:
+    process = start(*small_corpus, *LONG, "strategy=ddp", "trainer.devices=2", f"runs_dir={tmp_path}")
+    directory = wait_for_step(tmp_path, 13, process)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=90)
+    assert program.read(directory / "status.json")["state"] == "preempted", errors
+    assert process.returncode == 128 + signal.SIGTERM
+    assert wait_until_gone(tmp_path) == []
+    steps = [int(path.stem.split("_")[1]) for path in (directory / "checkpoints").glob("*.ckpt")]
+    assert max(steps) >= 13
+
+
+def test_killing_the_launcher_leaves_no_rank_behind_and_the_run_resumes(
+    small_corpus: list[str], tmp_path: Path, undisturbed: Path
+) -> None:
+    arguments = ("-m", *small_corpus, *LONG, f"runs_dir={tmp_path}")
+    process = start(*arguments)
+    directory = wait_for_step(tmp_path, 23, process)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate(timeout=30)
+    assert wait_until_gone(tmp_path) == []
+
+    again = program.train(*arguments)
+    assert again.returncode == 0, again.stderr
+    assert_same_run(directory, undisturbed)
+
+
+def test_a_killed_rank_ends_the_job_with_a_status(small_corpus: list[str], tmp_path: Path) -> None:
+    process = start(
+        *small_corpus, *LONG, "strategy=ddp", "trainer.devices=2", "strategy.timeout_seconds=20", f"runs_dir={tmp_path}"
+    )
+    directory = wait_for_step(tmp_path, 13, process)
+    ranks = subprocess.run(["pgrep", "-f", f"lightning_base.train {tmp_path}"], capture_output=True, text=True)
+    os.kill(max(int(pid) for pid in ranks.stdout.split()), signal.SIGKILL)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert program.read(directory / "status.json")["state"] == "failed", errors
+    assert wait_until_gone(tmp_path) == []
+
+
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
+    small_corpus: list[str], tmp_path: Path, undisturbed: Path
+) -> None:
+    arguments = (*small_corpus, *LONG, f"runs_dir={tmp_path}")
+    process = start(*arguments)
+    directory = wait_for_step(tmp_path, 33, process)
+    process.kill()
+    process.communicate(timeout=30)
+    newest = max((directory / "checkpoints").glob("*.ckpt"), key=lambda path: int(path.stem.split("_")[1]))
+    newest.write_bytes(newest.read_bytes()[:-1000])
+
+    again = program.train(*arguments)
+    assert again.returncode == 0, again.stderr
+    assert_same_run(directory, undisturbed)

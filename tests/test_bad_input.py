@@ -1,0 +1,93 @@
+"""Every mistake gets one sentence and exit code 2, and nothing is written."""
+
+from pathlib import Path
+
+import program
+import pytest
+
+CASES = {
+    "an unknown router": (["router=swich"], "router=swich does not exist; did you mean switch?"),
+    "an unknown experiment": (["experiment=comparee"], "did you mean compare?"),
+    "an unknown key": (
+        ["trainer.max_stepz=5"],
+        "trainer.max_stepz is not a key of the configuration; did you mean max_steps?",
+    ),
+    "an unknown key that is appended": (["+trainer.max_stepz=5"], "did you mean max_steps?"),
+    "an unknown option of a router": (["router=switch", "router.capacity=2"], "did you mean capacity_factor?"),
+    "another type": (["trainer.max_steps=many"], "trainer.max_steps='many' should be a whole number"),
+    "another type in a list": (["module.betas=[0.9,x]"], "module.betas=[0.9, 'x'] should be a list of a number"),
+    "a value out of range": (["trainer.max_steps=0"], "trainer.max_steps=0 is out of range: give at least 1"),
+    "an option that is none of its choices": (["module.schedule=cosin"], "should be cosine or linear or constant"),
+    "a missing value": (["data=text"], "data.corpus.files is missing"),
+    "more experts than tokens in a group": (
+        ["router=switch", "router.num_experts=100000"],
+        "router.num_experts=100000 exceeds the 1024 tokens of a routing group",
+    ),
+    "k above E": (["router=top_k", "router.top_k=9"], "router.top_k=9 with router.num_experts=8"),
+    "a width that k does not divide": (["router=top_k", "router.top_k=3"], "cannot be split over router.top_k=3"),
+    "a solver that does not exist": (["router=base", "router.solver=magic"], "router.solver=magic: choose one of"),
+    "heads that do not divide the width": (["model.heads=5"], "model.heads=5 is out of range"),
+    "a GPU that is not there": (
+        ["trainer.accelerator=gpu", "strategy=ddp", "trainer.devices=64", "data.global_batch=512"],
+        "but this machine has",
+    ),
+    "several devices without a strategy": (["trainer.devices=2"], "add strategy=ddp"),
+    "a batch that the ranks do not divide": (
+        ["strategy=ddp", "trainer.devices=3"],
+        "data.global_batch=16 cannot be divided by trainer.devices",
+    ),
+    "nodes that do not know of each other": (
+        ["strategy=ddp", "trainer.num_nodes=2", "trainer.accelerator=cpu"],
+        "needs the environment variables NODE_RANK",
+    ),
+    "a target outside the allow-list": (
+        ["router._target_=torch.hub.load"],
+        "router._target_=torch.hub.load is not allowed",
+    ),
+    "a corpus target outside the allow-list": (["data.corpus._target_=joblib.load"], "is not allowed"),
+    "a target that is no router": (["router._target_=lightning_base.model.Transformer"], "is not a Router"),
+    "one bad arm of a sweep": (
+        ["-m", "router=uniform,switch", "router.num_experts=8,100000"],
+        "exceeds the 1024 tokens",
+    ),
+    "one unknown router of a sweep": (["-m", "router=uniform,swich"], "did you mean switch?"),
+    "an override that cannot be read": (["nonsense"], "nonsense"),
+    "a name that leaves the runs": (["name=a/b"], "name='a/b' is out of range"),
+    "a text glob that matches nothing": (["data=text", "data.corpus.files=/nowhere/*.txt"], "matches no file"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_one_sentence_and_exit_code_2(case: str, tmp_path: Path) -> None:
+    arguments, sentence = CASES[case]
+    done = program.train(*arguments, "debug=fast", "model=small", f"runs_dir={tmp_path}/runs", timeout=120)
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    assert done.returncode == 2, done.stderr
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("error: ")
+    assert sentence in lines[0]
+    assert not list(tmp_path.glob("runs/*/*/status.json"))
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"), [(b"", "is empty"), (bytes(range(256)) * 20, "binary")], ids=["empty", "binary"]
+)
+def test_a_file_that_holds_no_text_is_refused(content: bytes, sentence: str, tmp_path: Path) -> None:
+    (tmp_path / "bad.txt").write_bytes(content)
+    done = program.train(
+        "debug=fast", "data=text", f"data.corpus.files={tmp_path}/bad.txt", f"runs_dir={tmp_path}/runs"
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: data.corpus.files")
+    assert sentence in done.stderr
+
+
+def test_a_loss_that_is_not_finite_names_step_layer_and_checkpoint(small_corpus: list[str], tmp_path: Path) -> None:
+    broken = ["module.learning_rate=1e30", "module.final_learning_rate=0", "trainer.checkpoint_every_n_steps=1"]
+    done = program.train(*small_corpus, *broken, "trainer.gradient_clip_val=null", f"runs_dir={tmp_path}")
+    status = program.read(program.only_job(tmp_path) / "status.json")
+    assert done.returncode == 1
+    assert status["state"] == "failed"
+    assert "The loss is not finite at step 2, first in " in status["error"]
+    assert "checkpoints/step_1.ckpt" in status["error"]
+    assert status["error"] in done.stderr
