@@ -72,6 +72,8 @@ class Experts(nn.Module):
         return added_AD
 
 
+# torch.compile would break the graph at the counts anyway, and cannot trace grouped_mm in float32.
+@torch.compiler.disable
 def expert_matmul(
     x_AM: Float[Tensor, "A M"], weight_EMN: Float[Tensor, "E M N"], counts: Int64[Tensor, " E"]
 ) -> Float[Tensor, "A N"]:

@@ -6,6 +6,7 @@ Shapes: T tokens, D width, E experts.
 from typing import ClassVar
 
 import torch
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from lightning_base.assignment import SOLVERS, balanced_assignment
@@ -50,10 +51,7 @@ class BASE(Router):
         detached_TE = scores_TE.detach()
         # ``self.training`` decides, not whether gradients are on: a frozen layer in training still balances.
         if self.training or self.evaluation_mode == "balanced":
-            experts = [
-                balanced_assignment(group_TE, solver=self.solver).expert for group_TE in groups.split(detached_TE)
-            ]
-            expert_index = torch.cat(experts) if experts else detached_TE.argmax(-1)
+            expert_index = balanced_by_group(detached_TE, groups, self.solver)
         else:
             expert_index = detached_TE.argmax(-1)
         token_index = torch.arange(len(tokens), device=tokens.device)
@@ -64,3 +62,11 @@ class BASE(Router):
             group_demand=count_by_group(groups, self.num_experts, token_index, expert_index),
             groups=groups,
         )
+
+
+# The solvers are Numba and numpy code, which torch.compile would try to trace and fail.
+@torch.compiler.disable
+def balanced_by_group(scores_TE: Float[Tensor, "T E"], groups: RoutingGroups, solver: str) -> Int64[Tensor, " T"]:
+    """The expert of every token, balanced inside each routing group, [T]."""
+    experts = [balanced_assignment(group_TE, solver=solver).expert for group_TE in groups.split(scores_TE)]
+    return torch.cat([scores_TE.new_zeros(0, dtype=torch.int64), *experts])
