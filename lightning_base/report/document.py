@@ -1,0 +1,160 @@
+"""The report before it has a format: sections of sentences, tables and figures."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lightning_base.report.fairness import Arm, Comparison, compare, differences
+from lightning_base.report.labels import arm_labels, comparison_titles, short
+from lightning_base.report.read import Experiment, LeftOut, ReportError, Run, read_experiment
+from lightning_base.report.summary import cautions, listed, summarize
+from lightning_base.report.table import Table, balance_table, main_table
+from lightning_base.report.verify import problems
+
+
+@dataclass(frozen=True)
+class ArmDetails:
+    """Everything a run says of itself, as text: how it was started, its ledger, its certificate, its configuration."""
+
+    label: str
+    directory: str
+    command: str
+    ledger: str
+    certificate: str
+    config: str
+
+
+@dataclass(frozen=True)
+class Section:
+    """One comparison: ``apart`` says in words why it is not part of the first one."""
+
+    title: str
+    comparison: Comparison
+    labels: list[str]
+    summary: list[str]
+    cautions: list[str]
+    apart: list[str]
+    tables: list[Table]
+    details: list[ArmDetails]
+    made_with: list[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class Document:
+    """The whole report: a section per comparison, and the jobs that are in none."""
+
+    title: str
+    sections: list[Section]
+    left_out: list[LeftOut]
+
+
+def build(*directories: Path) -> Document:
+    """Reads, verifies, groups and words the runs of some directories.
+
+    Raises:
+        ReportError: a directory is not there, or no run in it is finished and sound.
+    """
+    experiment = verified(read_experiment(*directories))
+    if not experiment.runs:
+        states = [f"{job.label} is {job.state} ({job.reason})" for job in experiment.left_out]
+        where = " and ".join(map(str, directories))
+        raise ReportError(f"{where} holds no finished run that could be reported: {'; '.join(states)}")
+    comparisons = compare(experiment.runs)
+    titles = comparison_titles(comparisons)
+    sections = [section(comparison, titles[i], comparisons[0], titles[0]) for i, comparison in enumerate(comparisons)]
+    return Document(experiment.name, sections, experiment.left_out)
+
+
+def verified(experiment: Experiment) -> Experiment:
+    """Moves runs whose files contradict each other to those that are left out."""
+    sound: list[Run] = []
+    left_out = list(experiment.left_out)
+    for run in experiment.runs:
+        found = problems(run)
+        if found:
+            left_out.append(LeftOut(run.name, run.label, "refused", "; ".join(found)))
+        else:
+            sound.append(run)
+    return Experiment(experiment.name, sound, left_out)
+
+
+def section(comparison: Comparison, title: str, first: Comparison, first_title: str) -> Section:
+    """A comparison in words and tables; ``first`` is the one it is held against."""
+    labels = arm_labels(comparison.arms)
+    apart = []
+    if comparison is not first:
+        for difference in differences(comparison, first):
+            here, there = short(difference.here), short(difference.there)
+            if here == there:
+                here, there = str(difference.here), str(difference.there)
+            apart.append(f"{difference.field}: {here} here, {there} in the first table")
+    return Section(
+        title=title,
+        comparison=comparison,
+        labels=labels,
+        summary=summarize(comparison, labels),
+        cautions=cautions(comparison, labels),
+        apart=apart,
+        tables=[main_table(comparison, labels), balance_table(comparison, labels)],
+        details=[
+            details(label, run, arm) for label, arm in zip(labels, comparison.arms, strict=True) for run in arm.runs
+        ],
+        made_with=made_with(comparison),
+    )
+
+
+def details(label: str, run: Run, arm: Arm) -> ArmDetails:
+    """What a reader needs to check one run or to make it again."""
+    certificate = {key: value for key, value in run.manifest.items() if key not in ("config", "ledger", "result")}
+    overrides = " ".join(f"'{part}'" if set(part) & set(" {}[]()*$'\"") else part for part in run.overrides)
+    return ArmDetails(
+        label=label if len(arm.runs) == 1 else f"{label}, seed {run.seed}",
+        directory=f"{run.path.parent.name}/{run.name}",
+        command=f"python experiments/train.py {overrides}".rstrip(),
+        ledger=pretty(run.ledger),
+        certificate=pretty(certificate),
+        config=yaml.safe_dump(run.config, sort_keys=False),
+    )
+
+
+def made_with(comparison: Comparison) -> list[tuple[str, str]]:
+    """What all arms of a table share, as names and values."""
+    shared, run = comparison.setting, comparison.arms[0].first
+    corpus = run.manifest.get("corpus") or {}
+    steps, sequences = int(shared["steps"]), int(shared["sequences"])
+    return [
+        ("seeds", listed([str(seed) for seed in comparison.seeds])),
+        ("steps", f"{steps:,} of {sequences // max(steps, 1):,} sequences"),
+        ("tokens trained on", f"{int(shared['tokens']):,}"),
+        ("corpus", short(shared["corpus_fingerprint"])),
+        *((name.replace("_", " "), f"{corpus[name]:,}") for name in corpus if isinstance(corpus[name], int)),
+        ("unigram entropy", f"{corpus['unigram_entropy']:.4f} nats" if "unigram_entropy" in corpus else "–"),
+        ("batches", listed([short(arm.manifest["batch_fingerprint"]) for arm in comparison.arms[0].runs])),
+        (
+            "initial weights",
+            listed([short(r.manifest["initial_weights_fingerprint"]) for r in comparison.arms[0].runs]),
+        ),
+        ("commit", short(shared["git_commit"])),
+        ("device", listed(sorted({arm.first.manifest["device"] for arm in comparison.arms}))),
+        ("processes", listed(sorted({str(arm.first.manifest["world_size"]) for arm in comparison.arms}))),
+        ("Python", str(shared["python"])),
+        *((key.removeprefix("packages."), str(value)) for key, value in shared.items() if key.startswith("packages.")),
+    ]
+
+
+def pretty(content: dict[str, Any]) -> str:
+    return json.dumps(content, indent=2)
+
+
+def column_help(tables: Sequence[Table]) -> list[tuple[str, str]]:
+    """How to read each column, each heading once."""
+    found: dict[str, str] = {}
+    for table in tables:
+        for column in table.columns:
+            if column.help:
+                found.setdefault(column.heading, column.help)
+    return list(found.items())

@@ -1,0 +1,224 @@
+"""The figures: loss over three measures of cost, load per expert, load over time.
+
+Shapes: S recorded steps, E experts.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from io import BytesIO
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.figure import Figure
+
+from lightning_base.report.colors import Style, styles
+from lightning_base.report.fairness import Arm, Comparison
+from lightning_base.report.read import Run
+
+# A white ground of its own: readable on light and dark pages alike.
+LOOK: Any = {
+    "font.size": 11,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e3e3e3",
+    "figure.facecolor": "white",
+    "savefig.facecolor": "white",
+    "svg.hashsalt": "lightning_base",
+}
+LAYERS_PER_FIGURE = 4
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A drawn figure: its file name without a suffix, what one sees in it, and its bytes in two formats."""
+
+    name: str
+    title: str
+    caption: str
+    svg: bytes
+    png: bytes
+
+
+def pictures(comparison: Comparison, labels: Sequence[str]) -> list[Picture]:
+    """All figures of a comparison; those without data are left out."""
+    looks = styles(comparison.arms)
+    with mpl.rc_context(LOOK):
+        return [
+            *loss_curves(comparison.arms, labels, looks),
+            *load_bars(comparison.arms, labels, looks),
+            *load_heatmaps(comparison.arms, labels),
+        ]
+
+
+def render(name: str, title: str, caption: str, figure: Figure) -> Picture:
+    """Draws a figure once for pages and once for viewers that show no SVG; the same input gives the same bytes."""
+    svg, png = BytesIO(), BytesIO()
+    figure.savefig(svg, format="svg", metadata={"Date": None})
+    figure.savefig(png, format="png", dpi=130)
+    return Picture(name, title, caption, svg.getvalue(), png.getvalue())
+
+
+def flops_until(run: Run, steps: np.ndarray) -> np.ndarray:
+    """FLOPs spent until each step: steps * tokens per step * FLOPs per token."""
+    return steps * (run.manifest["tokens"] / run.manifest["steps"]) * float(run.ledger["flops_per_token"])
+
+
+def loss_curves(arms: Sequence[Arm], labels: Sequence[str], looks: Sequence[Style]) -> Iterator[Picture]:
+    """Validation loss against steps, training time and FLOPs."""
+    sequences = arms[0].first.config.get("data", {}).get("validation_sequences")
+    text = f"the first {sequences} sequences of the validation text" if sequences else "the validation text"
+    spread = " Lines are means over seeds, bands reach from the lowest to the highest." if len(arms[0].runs) > 1 else ""
+    axes_x: dict[str, tuple[str, str, Callable[[Run, np.ndarray, np.ndarray], np.ndarray]]] = {
+        "steps": ("optimizer steps", "Learning per token", lambda run, steps, seconds: steps),
+        "time": ("training time [s]", "Learning per second", lambda run, steps, seconds: seconds),
+        "flops": ("FLOPs", "Learning per FLOP", lambda run, steps, seconds: flops_until(run, steps)),
+    }
+    notes = {
+        "steps": "All arms see the same tokens at the same step.",
+        "time": "Seconds spent in training steps on this machine, validation and checkpoints excluded.",
+        "flops": "steps x tokens per step x FLOPs per token; dropped tokens are counted as if they had been computed.",
+    }
+    for key, (axis, title, cost) in axes_x.items():
+        figure = Figure(figsize=(7.2, 4.2), layout="constrained")
+        axes = figure.subplots()
+        ends: list[tuple[float, int]] = []
+        for i, (arm, look) in enumerate(zip(arms, looks, strict=True)):
+            curves = [run.series["validation/loss"] for run in arm.runs if "validation/loss" in run.series]
+            length = min((len(curve.values) for curve in curves), default=0)
+            if not length:
+                continue
+            runs = [run for run in arm.runs if "validation/loss" in run.series]
+            x = np.mean([cost(r, c.steps[:length], c.seconds[:length]) for r, c in zip(runs, curves, strict=True)], 0)
+            y = np.stack([curve.values[:length] for curve in curves])
+            axes.plot(
+                x, y.mean(0), color=look.color, marker=look.marker, ls=look.line, ms=5, label=labels[i], gid=f"line{i}"
+            )
+            if len(curves) > 1:
+                axes.fill_between(x, y.min(0), y.max(0), color=look.color, alpha=0.2, lw=0)
+            ends.append((float(y[:, -1].mean()), i))
+        if not ends:
+            return
+        axes.set_xlabel(axis)
+        axes.set_ylabel("validation loss [nats per token]")
+        axes.set_xlim(left=0)
+        # In the order in which the lines end, so that the eye goes from line to name.
+        handles, names = axes.get_legend_handles_labels()
+        order = sorted(range(len(handles)), key=lambda j: -[end for end, _ in ends][j])
+        figure.legend([handles[j] for j in order], [names[j] for j in order], loc="outside right upper", frameon=False)
+        caption = f"Validation loss over {text} against {axis}. {notes[key]}{spread}"
+        yield render(f"loss_{key}", title, caption, figure)
+
+
+def load_bars(arms: Sequence[Arm], labels: Sequence[str], looks: Sequence[Style]) -> Iterator[Picture]:
+    """Load of each expert in the final evaluation: a row per arm and evaluation mode, a column per layer."""
+    rows = [
+        (label if stage == "final_pass" and len(stages) == 1 else f"{label}\n{mode_of(stage)}", look, stage, arm)
+        for label, look, arm in zip(labels, looks, arms, strict=True)
+        for stages in [sorted(s for s in arm.first.counts if s.startswith("final"))[::-1]]
+        for stage in stages
+        if arm.first.ledger["num_experts"] > 1
+    ]
+    for part, layers in chunks(layer_names([arm for *_, arm in rows])):
+        figure = Figure(figsize=(1.6 + 3 * len(layers), 0.7 + 1.45 * len(rows)), layout="constrained")
+        grid = figure.subplots(len(rows), len(layers), squeeze=False, sharey=True)
+        for line, (label, look, stage, arm) in zip(grid, rows, strict=True):
+            for axes, layer in zip(line, layers, strict=True):
+                shares = [relative(run, stage, layer) for run in arm.runs if layer in run.counts.get(stage, {})]
+                if not shares:
+                    axes.set_axis_off()
+                    continue
+                demand_E, load_E = np.mean(shares, 0)
+                experts = np.arange(len(load_E))
+                axes.bar(experts, load_E, color=look.color, width=0.8)
+                axes.bar(experts, demand_E, color="none", edgecolor="#444444", width=0.8, lw=0.8, ls=":")
+                axes.axhline(1, color="#444444", lw=1)
+                axes.grid(axis="x", visible=False)
+                axes.set_xticks(experts if len(experts) <= 8 else experts[:: len(experts) // 8])
+            line[0].set_ylabel(label)
+        for axes, layer in zip(grid[0], layers, strict=True):
+            axes.set_title(layer.replace("_", " "), fontsize=11)
+        figure.supxlabel("expert", fontsize=11)
+        yield render(f"load_bars{part}", f"Load per expert in evaluation{part.replace('_', ' ')}", BARS_CAPTION, figure)
+
+
+BARS_CAPTION = (
+    "Tokens of the whole validation text that each expert computed, relative to an even share (the line at 1). A "
+    "dotted outline above a bar is demand that was dropped. Arms with a single expert are not shown."
+)
+
+
+def load_heatmaps(arms: Sequence[Arm], labels: Sequence[str]) -> Iterator[Picture]:
+    """Demand over training: a row per arm, a column per layer, experts over logged steps."""
+    rows = [
+        (label, arm)
+        for label, arm in zip(labels, arms, strict=True)
+        if arm.first.ledger["num_experts"] > 1 and arm.first.counts.get("train_step")
+    ]
+    seed = f" Seed {arms[0].seeds[0]} of {len(arms[0].seeds)}." if len(arms[0].seeds) > 1 else ""
+    for part, layers in chunks(layer_names([arm for _, arm in rows])):
+        figure = Figure(figsize=(2.2 + 3 * len(layers), 0.9 + 1.5 * len(rows)), layout="constrained")
+        grid = figure.subplots(len(rows), len(layers), squeeze=False)
+        image = None
+        for line, (label, arm) in zip(grid, rows, strict=True):
+            for axes, layer in zip(line, layers, strict=True):
+                counts = arm.first.counts["train_step"].get(layer)
+                if counts is None:
+                    axes.set_axis_off()
+                    continue
+                even_S1 = np.maximum(counts.demand.mean(1, keepdims=True), 1e-9)
+                relative_ES = (counts.demand / even_S1).T
+                image = axes.imshow(relative_ES, aspect="auto", cmap="cividis", vmin=0, vmax=2, interpolation="nearest")
+                shown = np.unique(np.linspace(0, len(counts.steps) - 1, min(5, len(counts.steps))).astype(int))
+                axes.set_xticks(shown, [str(counts.steps[i]) for i in shown])
+                axes.set_yticks(sorted({0, counts.demand.shape[1] - 1}))
+                axes.grid(visible=False)
+            line[0].set_ylabel(f"{label}\nexpert")
+        for axes, layer in zip(grid[0], layers, strict=True):
+            axes.set_title(layer.replace("_", " "), fontsize=11)
+        figure.supxlabel("step", fontsize=11)
+        if image is not None:
+            figure.colorbar(image, ax=grid, label="demand / even share", extend="max", shrink=min(1.0, 2 / len(rows)))
+            yield render(
+                f"load_over_time{part}",
+                f"Demand per expert over training{part.replace('_', ' ')}",
+                f"{HEAT_CAPTION}{seed}",
+                figure,
+            )
+
+
+HEAT_CAPTION = (
+    "Assignments that asked for each expert in the logged optimizer steps, before any drop, relative to an even share: "
+    "grey is even, yellow is twice an even share or more, dark blue is none. Arms with a single expert are not shown."
+)
+
+
+def relative(run: Run, stage: str, layer: str) -> np.ndarray:
+    """Demand and load of the last pass relative to an even share of the demand, [2, E]."""
+    counts = run.counts[stage][layer]
+    both_2E = np.stack([counts.demand[-1], counts.load[-1]]).astype(float)
+    relative_2E: np.ndarray = both_2E / max(both_2E[0].mean(), 1e-9)
+    return relative_2E
+
+
+def mode_of(stage: str) -> str:
+    """``final_balanced_pass`` is the evaluation mode ``balanced``; next to it, the usual one is greedy."""
+    return stage.removeprefix("final").removesuffix("pass").strip("_") or "greedy"
+
+
+def layer_names(arms: Sequence[Arm]) -> list[str]:
+    """All sparse layers of these arms, in the order of the model."""
+    found: dict[str, None] = {}
+    for arm in arms:
+        for stages in arm.first.counts.values():
+            found.update(dict.fromkeys(stages))
+    return list(found)
+
+
+def chunks(layers: Sequence[str]) -> Iterator[tuple[str, Sequence[str]]]:
+    """Layers in portions that fit beside each other, with a suffix for the figure's name."""
+    for start in range(0, len(layers), LAYERS_PER_FIGURE):
+        part = f"_{start // LAYERS_PER_FIGURE + 1}" if len(layers) > LAYERS_PER_FIGURE else ""
+        yield part, layers[start : start + LAYERS_PER_FIGURE]

@@ -1,0 +1,68 @@
+"""What arms and comparisons are called: by what tells them apart."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from lightning_base.report.fairness import Arm, Comparison, execution, router_side
+from lightning_base.report.flat import flatten
+
+
+def arm_labels(arms: Sequence[Arm]) -> list[str]:
+    """One label per arm, no two alike: the sweep's own, with the router's name, and more where that is not enough."""
+    labels = [shorten(arm) for arm in arms]
+    for describe in (execution, router_side):
+        labels = tell_apart(labels, [describe(arm.first) for arm in arms])
+    twice = {label for label in labels if labels.count(label) > 1}
+    return [
+        f"{label} [{arm.first.path.parent.name}/{arm.first.name}]" if label in twice else label
+        for label, arm in zip(labels, arms, strict=True)
+    ]
+
+
+def shorten(arm: Arm) -> str:
+    """The label that the sweep gave, without the seed: ``switch, capacity_factor=1.0``."""
+    parts = [part.strip() for part in arm.first.label.split(",")]
+    kept = [part.removeprefix("router.").removeprefix("router=") for part in parts if not part.startswith("seed=")]
+    if arm.first.label == arm.first.name or not any(kept):
+        # Not from a sweep: the folder is named after all overrides, which say little about the arm.
+        return arm.router
+    named = any("=" not in part for part in kept)
+    return ", ".join(kept if named else [arm.router, *kept])
+
+
+def tell_apart(labels: list[str], descriptions: list[dict[str, Any]]) -> list[str]:
+    """Adds to labels that occur more than once the described values that differ among their arms."""
+    found = []
+    for label, mine in zip(labels, descriptions, strict=True):
+        same = [other for name, other in zip(labels, descriptions, strict=True) if name == label]
+        differing = sorted(key for key in mine if any(other.get(key) != mine[key] for other in same))
+        extra = ", ".join(f"{key.rpartition('.')[2]}={mine[key]}" for key in differing)
+        found.append(f"{label} ({extra})" if extra else label)
+    return found
+
+
+def comparison_titles(comparisons: Sequence[Comparison]) -> list[str]:
+    """What is particular to each comparison: the configured keys that vary, or else the other fields that do."""
+    settings = [comparison.setting for comparison in comparisons]
+    keys = sorted({key for setting in settings for key in setting})
+    varying = [key for key in keys if len({repr(setting.get(key)) for setting in settings}) > 1]
+    configured = [
+        key for key in varying if any(key in flatten(comparison.arms[0].first.config) for comparison in comparisons)
+    ]
+    chosen = configured or varying
+    titles = []
+    for setting in settings:
+        parts = [f"{key} = {short(setting.get(key))}" for key in chosen[:3]]
+        more = f" and {len(chosen) - 3} more" if len(chosen) > 3 else ""
+        titles.append(", ".join(parts) + more)
+    return titles
+
+
+def short(value: Any) -> str:
+    """A value for a sentence; fingerprints and commits by their first digits."""
+    text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    dirty = "-dirty" if text.endswith("-dirty") else ""
+    digits = text.removesuffix("-dirty")
+    if len(digits) >= 32 and not set(digits) - set("0123456789abcdef"):
+        return f"{digits[:12]}…{dirty}"
+    return "nothing" if value is None else text

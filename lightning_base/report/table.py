@@ -1,0 +1,149 @@
+"""Tables as plain cells, before anyone decides between HTML, Markdown and a terminal."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from lightning_base.report.fairness import Arm, Comparison
+from lightning_base.report.measures import DASH, MEASURES, Reader, cell, final_loss, mean, number, percent, result
+from lightning_base.report.read import Run
+
+NOT_CAUSAL_IN_TRAINING, NOT_CAUSAL_IN_EVALUATION = "†", "‡"
+
+
+@dataclass(frozen=True)
+class Column:
+    """``group`` stands above the headings of neighbours that share it; ``help`` says how to read the numbers."""
+
+    heading: str
+    group: str = ""
+    help: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of cells; the first cell of a row is its heading. ``strong`` holds (row, column) of the best."""
+
+    title: str
+    columns: list[Column]
+    rows: list[list[str]]
+    notes: list[str] = field(default_factory=list)
+    strong: frozenset[tuple[int, int]] = frozenset()
+
+
+def main_table(comparison: Comparison, labels: Sequence[str]) -> Table:
+    """Quality, speed, cost and drops: one row per arm."""
+    arms = comparison.arms
+    seeds = len(comparison.seeds) > 1
+    columns = [Column("arm"), *([Column("n", "", "seeds trained")] if seeds else [])]
+    columns += [Column(measure.heading, measure.group, measure.help) for measure in MEASURES]
+    rows = [
+        [
+            marked(label, arm),
+            *([str(len(arm.runs))] if seeds else []),
+            *(cell(arm, measure.read, measure.form) for measure in MEASURES),
+        ]
+        for label, arm in zip(labels, arms, strict=True)
+    ]
+    losses = [mean(arm, final_loss) for arm in arms]
+    known = [loss for loss in losses if loss is not None]
+    place = 2 if seeds else 1
+    best = {(i, place) for i, loss in enumerate(losses) if known and loss == min(known) and len(arms) > 1}
+    notes = footnotes(arms)
+    if seeds:
+        notes.append("Mean ± sample standard deviation over n seeds.")
+    return Table("Quality and cost", columns, rows, notes, frozenset(best))
+
+
+def marked(label: str, arm: Arm) -> str:
+    """The label with the signs of its footnotes."""
+    training = NOT_CAUSAL_IN_TRAINING if arm.first.ledger.get("causal_in_training") is False else ""
+    evaluation = NOT_CAUSAL_IN_EVALUATION if arm.first.ledger.get("causal_in_evaluation") is False else ""
+    return label + training + evaluation
+
+
+def footnotes(arms: Sequence[Arm]) -> list[str]:
+    notes = []
+    if any(arm.first.ledger.get("causal_in_training") is False for arm in arms):
+        notes.append(
+            f"{NOT_CAUSAL_IN_TRAINING} Not causal in training: there, a token's expert may depend on later tokens of "
+            "its routing group, so training losses do not compare. The validation loss here is measured with causal routing"
+            + (
+                "."
+                if all(arm.first.ledger.get("causal_in_evaluation") is not False for arm in arms)
+                else ", unless marked ‡."
+            )
+        )
+    if any(arm.first.ledger.get("causal_in_evaluation") is False for arm in arms):
+        notes.append(
+            f"{NOT_CAUSAL_IN_EVALUATION} Not causal in evaluation either: its validation loss makes use of later "
+            "tokens and is no loss of a language model."
+        )
+    return notes
+
+
+@dataclass(frozen=True)
+class Scope:
+    """Where balance is measured: the prefix of its scalars, and whether these are averaged over training."""
+
+    name: str
+    prefix: str
+    training: bool = False
+
+
+TRAINING = (Scope("training, one routing group", "train_group", True), Scope("training, one step", "train_step", True))
+SIDES = (("demand", "Demand: what the router asked for"), ("load", "Load: what was computed, after drops"))
+
+
+def balance_table(comparison: Comparison, labels: Sequence[str]) -> Table:
+    """How evenly experts were asked and used: a row per arm and place of measurement."""
+    columns = [Column("arm"), Column("measured over", "", SCOPE_HELP)]
+    columns += [Column(name, heading, BALANCE_HELP[name]) for _, heading in SIDES for name in BALANCE_HELP]
+    columns += [Column("drop rate", "", "dropped assignments / (T k), mean over layers"), Column("loss", "", LOSS_HELP)]
+    rows = []
+    for label, arm in zip(labels, comparison.arms, strict=True):
+        for scope in scopes(arm):
+            sides = [balance(scope, name, side) for side, _ in SIDES for name in BALANCE_HELP]
+            stage = scope.prefix.removesuffix("_pass")
+            rows.append(
+                [
+                    marked(label, arm),
+                    scope.name,
+                    *(cell(arm, read, number(3)) for read in sides),
+                    cell(arm, scalar(scope, f"{scope.prefix}/drop_rate/mean"), percent),
+                    DASH if scope.training else cell(arm, result(f"{stage}/loss"), number(4)),
+                ]
+            )
+    return Table("Balance", columns, rows)
+
+
+SCOPE_HELP = (
+    "training: mean over the logged steps, measured inside single routing groups (train_group) or over a whole "
+    "optimizer step of all processes (train_step); evaluation: over the whole validation text after the last step "
+    "(final_pass), and again for every other way the router can route there"
+)
+BALANCE_HELP = {
+    "max_vio": "(max n - mean n) / mean n over the counts n of the experts, mean over layers; 0 is exactly even, E - 1 "
+    "is everything on one expert (loss-free balancing, arXiv 2408.15664, eq. 4)",
+    "load_cv": "population standard deviation of n / mean n, mean over layers (Shazeer et al. 2017)",
+}
+LOSS_HELP = "validation loss [nats per token] when routed this way"
+
+
+def scopes(arm: Arm) -> list[Scope]:
+    """Training, the evaluation that counts, and every other evaluation mode that was measured."""
+    modes = sorted({name.split("/")[0] for run in arm.runs for name in run.manifest["result"]} - {"final"})
+    # The mode that is measured for comparison has a name; BASE's default next to it is the greedy one.
+    usual = "evaluation, greedy" if "final_balanced" in modes else "evaluation"
+    others = [Scope(f"evaluation, {mode.removeprefix('final_')}", f"{mode}_pass") for mode in modes]
+    return [*TRAINING, Scope(usual, "final_pass"), *others]
+
+
+def balance(scope: Scope, name: str, side: str) -> Reader:
+    return scalar(scope, f"{scope.prefix}/{name}/{side}/mean")
+
+
+def scalar(scope: Scope, name: str) -> Reader:
+    def read(run: Run) -> float | None:
+        return run.mean(name) if scope.training else run.last(name)
+
+    return read
