@@ -33,4 +33,4 @@ def announce_compilation(function: Any) -> None:
     folder = getattr(cache, "cache_path", None)
     name = f"{Path(function.py_func.__code__.co_filename).stem}.{function.py_func.__qualname__}"
     if folder is None or not any(Path(folder).glob(f"{name}-*.nbc")):
-        log.warning("compiling the exact solver, once per machine (about half a minute) ...")
+        log.warning("compiling the exact solver, once per machine (about ten seconds) ...")

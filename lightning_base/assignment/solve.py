@@ -145,8 +145,8 @@ def balanced_assignment(
 def _checked_exponent(scores_TE: Tensor) -> int:
     """0 if the largest score has an ordinary magnitude, otherwise the power of two that brings it to one.
 
-    Scaling by a power of two is exact, and then no sum or difference can overflow. NaN and +inf are errors that name the
-    first row; everything else is a score or a forbidden pair.
+    Scaling by a power of two is exact, and then no sum or difference can overflow. NaN and +inf are errors that name
+    the first row; everything else is a score or a forbidden pair.
     """
     if scores_TE.numel() == 0:
         return 0

@@ -18,7 +18,7 @@ F64 = NDArray[np.float64]
 I64 = NDArray[np.int64]
 
 SAMPLE = 8  # every eighth token prices the experts for all
-SMALL = 2**14  # up to so many scores, shortest paths alone are quickest
+SMALL = 2**12  # up to so many scores, shortest paths alone are quickest
 NEWTON = (1.0, 0.5, 0.25)  # smoothing of the Newton steps, in mean margins
 ROUNDS = 4
 
