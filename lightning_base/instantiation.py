@@ -45,14 +45,16 @@ def resolve(target: str, key: str, base: type) -> type:
         raise ConfigError(f"{key}._target_={target} is not allowed: it only passes through lightning_base")
     if not (inspect.isclass(found) and issubclass(found, base)):
         raise ConfigError(f"{key}._target_={target} is not a {base.__name__}")
+    if found is base:
+        raise ConfigError(f"{key}._target_={target} is what every {base.__name__} has in common: name a kind of it")
     return found
 
 
-def instantiate(node: Mapping[str, Any], key: str, base: type, **given: Any) -> Any:
+def instantiate(node: object, key: str, base: type, **given: Any) -> Any:
     """Builds ``node["_target_"]`` with the other entries of ``node`` as keyword arguments, checked by its signature.
 
     Args:
-        node: plain mapping from a resolved configuration.
+        node: from a resolved configuration; a mapping, if nothing is wrong.
         key: where it stands in the configuration, for messages.
         base: what the class must be.
         given: arguments the program supplies; the class takes them or not.
@@ -85,7 +87,7 @@ def check_arguments(arguments: Mapping[str, Any], found: type, key: str, hidden:
     for name, value in arguments.items():
         if name not in parameters:
             owner = found.__name__ if key else "the configuration"
-            raise ConfigError(f"{prefix}{name} is not an option of {owner}{did_you_mean(name, parameters)}")
+            raise ConfigError(f"{prefix}{name} is not an option of {owner}{did_you_mean(str(name), parameters)}")
         hint = hints.get(name, Any)
         if not fits(value, hint):
             raise ConfigError(f"{prefix}{name}={value!r} should be {describe(hint)}")

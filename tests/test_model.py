@@ -2,7 +2,6 @@
 
 import copy
 import math
-import shutil
 
 import pytest
 import torch
@@ -363,6 +362,7 @@ def compare_compiled(rank: int, backend: str) -> None:
         torch._dynamo.reset()
         model = awake(build(name)).train()
         compiled = torch.compile(copy.deepcopy(model), backend=backend)
+        # The drops of the second batch give its tensors another size.
         for ids in (some_ids(), some_ids(seed=1)):
             expected, got = model(ids), compiled(ids)
             torch.testing.assert_close(got.logits, expected.logits, atol=1e-4, rtol=1e-4)
@@ -375,10 +375,8 @@ def compare_compiled(rank: int, backend: str) -> None:
         assert torch._dynamo.utils.counters["frames"]["ok"] > 0, "nothing was compiled"
 
 
-NO_COMPILER = pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="inductor needs a C++ compiler")
-
-
-@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=NO_COMPILER)])
+# Inductor would spend most of a minute on generating code that has nothing to do with this project.
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_a_compiled_model_gives_the_same_logits_plans_and_gradients(backend: str) -> None:
     # In a process of its own: the compiler cannot trace the shape checks that are on in this one.
     context = torch.multiprocessing.spawn(compare_compiled, args=(backend,), nprocs=1, join=False)
