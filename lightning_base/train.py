@@ -25,7 +25,7 @@ from lightning_base.callbacks.clock import TrainingClock
 from lightning_base.callbacks.expert_load import ExpertLoadLogger
 from lightning_base.callbacks.metrics_csv import MetricsCsv
 from lightning_base.callbacks.progress import ArmProgressBar
-from lightning_base.callbacks.saving import PeriodicCheckpoint, Preemption
+from lightning_base.callbacks.saving import PeriodicCheckpoint, PreemptedError, Preemption
 from lightning_base.config import Config, check_devices, read_config
 from lightning_base.data import Corpus, TextDataModule
 from lightning_base.distributed.launch import PREEMPTED, die_with_parent
@@ -61,7 +61,6 @@ def run(config: Config, directory: Path) -> Result:
     every = config.trainer.log_every_n_steps
     clock, fingerprint = TrainingClock(every), BatchFingerprint()
     load = ExpertLoadLogger(directory / "expert_load.csv", every, resumed_step)
-    preemption = Preemption(job)
     loggers: list[Logger] = [MetricsCsv(directory / "metrics.csv", lambda: clock.seconds, resumed_step)]
     if config.logger.tensorboard:
         loggers.insert(0, TensorBoardLogger(directory, name="", version="tensorboard", default_hp_metric=False))
@@ -69,11 +68,12 @@ def run(config: Config, directory: Path) -> Result:
     if config.trainer.progress_bar:
         callbacks.append(ArmProgressBar(job))
     # Last, so that a checkpoint holds what the others have counted up to this step.
-    callbacks += [PeriodicCheckpoint(job, config.trainer.checkpoint_every_n_steps), preemption]
+    callbacks += [PeriodicCheckpoint(job, config.trainer.checkpoint_every_n_steps), Preemption(job)]
     trainer = build_trainer(config, directory, loggers, callbacks)
 
-    trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
-    if preemption.stopped:
+    try:
+        trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
+    except PreemptedError:
         return Result("preempted", directory, {})
     metrics: dict[str, float] = {}
     for mode in (None, *module.evaluation_modes[1:]):

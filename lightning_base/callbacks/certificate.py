@@ -73,6 +73,17 @@ class Certificate(pl.Callback):
     def __init__(self, run: RunDirectory, config: dict[str, Any]) -> None:
         self.run, self.config = run, config
 
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        # Before a checkpoint is restored: a resumed run starts from the same initial weights.
+        if stage != "fit" or not trainer.is_global_zero:
+            return
+        assert isinstance(pl_module, LanguageModel)
+        experts = [item for layer in pl_module.model.sparse_layers.items() for item in named_experts(*layer)]
+        self.run.write_manifest(
+            initial_weights_fingerprint=weights_fingerprint(shared_parameters(pl_module.model)),
+            initial_expert_weights_fingerprint=weights_fingerprint(iter(experts)),
+        )
+
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, LanguageModel)
         if not trainer.is_global_zero:
@@ -89,11 +100,6 @@ class Certificate(pl.Callback):
             "device": device_name(pl_module.device),
             "corpus": prepared.statistics,
         }
-        if trainer.global_step == 0:
-            # A resumed run has trained weights: its first start has written the fingerprint of the initial ones.
-            experts = (item for layer in pl_module.model.sparse_layers.items() for item in named_experts(*layer))
-            certificate["initial_weights_fingerprint"] = weights_fingerprint(shared_parameters(pl_module.model))
-            certificate["initial_expert_weights_fingerprint"] = weights_fingerprint(experts)
         self.run.write_manifest(**certificate, ledger=self._ledger(trainer, pl_module))
 
     def _ledger(self, trainer: pl.Trainer, pl_module: LanguageModel) -> dict[str, Any]:

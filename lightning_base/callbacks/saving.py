@@ -11,16 +11,27 @@ from lightning_base.module import LanguageModel
 from lightning_base.run_directory import RunDirectory
 
 
+class PreemptedError(Exception):
+    """The run was asked to stop, has saved, and can be resumed."""
+
+
 class Preemption(pl.Callback):
     """Replaces Lightning's handler, which starts a collective inside the signal and ends the run with exit code 0."""
 
     def __init__(self, run: RunDirectory) -> None:
         self.run = run
         self.requested = False
-        self.stopped = False
+        self.saved = False
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         signal.signal(signal.SIGTERM, self._request)
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        # Only now has the step before been logged. An exception, not should_stop: Lightning would validate once more.
+        if self.saved:
+            raise PreemptedError(f"stopped by SIGTERM after step {trainer.global_step}, with a checkpoint")
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -31,10 +42,9 @@ class Preemption(pl.Callback):
         flag = torch.tensor(float(self.requested), device=trainer.strategy.root_device)
         if not float(trainer.strategy.reduce(flag, reduce_op="sum")):
             return
-        self.stopped = True
-        trainer.should_stop = True
         assert isinstance(pl_module, LanguageModel)
         save(trainer, pl_module, self.run)
+        self.saved = True
 
     def _request(self, number: int, frame: FrameType | None) -> None:
         self.requested = True

@@ -51,6 +51,7 @@ def sweep(
             "strategy.timeout_seconds=20",
             f"runs_dir={project}/runs",
         ],
+        cwd=project,
         env={**program.environment(), "PYTHONPATH": str(project)},
         capture_output=True,
         text=True,
