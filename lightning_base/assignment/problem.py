@@ -39,7 +39,7 @@ def even_loads(num_tokens: int, num_experts: int, k: int = 1) -> Loads:
 
 
 def given_loads(
-    capacities: Sequence[int] | NDArray[np.integer] | Tensor, num_tokens: int, num_experts: int, k: int
+    capacities: Sequence[int | float] | NDArray[np.number] | Tensor, num_tokens: int, num_experts: int, k: int
 ) -> Loads:
     """Exactly `capacities[e]` tokens for expert e.
 

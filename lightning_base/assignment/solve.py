@@ -88,7 +88,7 @@ def balanced_assignment(
     scores: Float[Tensor, "T E"],
     *,
     solver: str = "transport",
-    capacities: Sequence[int] | NDArray[np.integer] | Tensor | None = None,
+    capacities: Sequence[int | float] | NDArray[np.number] | Tensor | None = None,
     prices: Tensor | None = None,
     k: int = 1,
     certificate: bool = False,
@@ -125,7 +125,9 @@ def balanced_assignment(
     exponent = _checked_exponent(work)
     if exponent != 0:
         work = torch.ldexp(work.double(), torch.tensor(-exponent))
-    open_E = torch.from_numpy(loads.base + (loads.bonus > 0) > 0).to(scores.device)
+    open_E = torch.from_numpy(loads.largest > 0).to(scores.device)
+    if solver != "greedy":
+        _check_open_pairs(work, open_E, k)
     if prices is not None:
         prices = torch.ldexp(_checked_prices(prices, E), torch.tensor(-exponent))
     if T == 0:
@@ -164,6 +166,18 @@ def _checked_exponent(scores_TE: Tensor) -> int:
     return 0 if magnitude == 0 or 2.0**-60 < magnitude < 2.0**60 else math.frexp(magnitude)[1]
 
 
+def _check_open_pairs(scores_TE: Tensor, open_E: Tensor, k: int) -> None:
+    """Every token needs k open experts that are not forbidden to it; the first that has fewer is named."""
+    if scores_TE.numel() == 0 or bool((scores_TE.amin() > -math.inf) & open_E.all()):
+        return
+    few = ((scores_TE > -math.inf) & open_E).sum(1) < k
+    if bool(few.any()):
+        token = int(few.nonzero()[0])
+        raise ValueError(
+            f"scores: token {token} has fewer than k = {k} experts that are neither forbidden (-inf) nor of capacity 0"
+        )
+
+
 def _checked_prices(prices_E: Tensor, num_experts: int) -> Tensor:
     if prices_E.shape != (num_experts,):
         raise ValueError(f"prices: shape ({num_experts},) is needed, got {tuple(prices_E.shape)}")
@@ -183,8 +197,6 @@ def _without_closed(
     """Solve without the experts of capacity 0, then price them so high that no token wants them."""
     index = open_E.nonzero()[:, 0]
     inner = Loads(loads.base[index.cpu().numpy()], loads.bonus, loads.k)
-    if loads.k > len(index):
-        raise ValueError(f"capacities: only {len(index)} experts are open, but every token needs k = {loads.k}")
     answer = solve(scores_TE[:, index], inner, None if start_E is None else start_E.to(index.device)[index], **options)
     prices = torch.zeros(len(index), dtype=torch.float64) if answer.prices is None else answer.prices.cpu()
     rows = scores_TE.double().cpu()

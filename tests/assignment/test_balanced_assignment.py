@@ -204,6 +204,39 @@ def test_a_token_with_nowhere_to_go_is_named() -> None:
         balanced_assignment(scores)
 
 
+def test_a_token_whose_only_experts_are_closed_is_named() -> None:
+    scores = example()
+    scores[41, 2:] = -torch.inf
+    with pytest.raises(ValueError, match="token 41"):
+        balanced_assignment(scores, capacities=[0, 0] + [60] * 10)
+
+
+@pytest.mark.parametrize("T", [64, 2000])
+def test_forbidden_pairs_at_size_leave_the_certificate_closed(T: int) -> None:
+    scores = example(T, 16)
+    scores[torch.rand(T, 16, generator=torch.Generator().manual_seed(1)) < 0.5] = -torch.inf
+    ours = balanced_assignment(scores, certificate=True)
+    assert_balanced(ours.expert, 16)
+    assert abs(ours.gap or 0.0) <= 1e-9 * scale_of(scores)
+
+
+def test_forbidden_pairs_without_an_assignment_are_an_error_at_size() -> None:
+    scores = example(2000, 16)
+    scores[:1000, 2:] = -torch.inf  # a thousand tokens may only use two experts with room for 125 each
+    with pytest.raises(ValueError, match="leave no assignment"):
+        balanced_assignment(scores)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_scores_on_a_gpu_give_an_answer_there(solver: str) -> None:
+    scores = example().cuda()
+    ours = balanced_assignment(scores, solver=solver, certificate=True)
+    assert ours.expert.device == ours.prices.device == scores.device
+    if solver == "transport":
+        assert torch.equal(ours.expert.cpu(), balanced_assignment(example()).expert)
+
+
 def test_closed_experts_get_no_token_and_a_price_that_keeps_everyone_away() -> None:
     ours = balanced_assignment(example(), capacities=[0, 100, 0] + [50] * 8 + [100], certificate=True)
     assert torch.bincount(ours.expert, minlength=12).tolist() == [0, 100, 0] + [50] * 8 + [100]
