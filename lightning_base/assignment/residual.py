@@ -11,6 +11,7 @@ from lightning_base.assignment.kernel import kernel
 
 F64 = NDArray[np.float64]
 I64 = NDArray[np.int64]
+Floats = NDArray[np.floating]  # scores stay as they came; every sum and difference is in double precision
 
 BALANCED, UNREACHABLE = 0, 1
 SHARE = 4  # Dijkstra goes on until one in so many of the experts with too many tokens is served
@@ -38,7 +39,7 @@ def _unlink(slot: int, expert: int, head: I64, after: I64, before: I64) -> None:
 
 
 @kernel
-def _offer(slot: int, row: F64, earned: float, loss: F64, via: I64) -> None:
+def _offer(slot: int, row: Floats, earned: float, loss: F64, via: I64) -> None:
     """Enter one slot into the row of the residual graph that belongs to its expert. Branch-free, so it vectorises."""
     for f in range(row.shape[0]):
         d = earned - row[f]
@@ -48,7 +49,9 @@ def _offer(slot: int, row: F64, earned: float, loss: F64, via: I64) -> None:
 
 
 @kernel
-def _cheapest_moves(e: int, k: int, open_NE: F64, value: F64, head: I64, after: I64, loss_EE: F64, via_EE: I64) -> None:
+def _cheapest_moves(
+    e: int, k: int, open_NE: Floats, value: F64, head: I64, after: I64, loss_EE: F64, via_EE: I64
+) -> None:
     """Row e of the residual graph: the least loss of moving one token from e to each other expert, and which slot."""
     E = open_NE.shape[1]
     loss = loss_EE[e]
@@ -158,7 +161,7 @@ def _shortest_paths(
 
 
 @kernel
-def _tied(e: int, f: int, k: int, limit: int, open_NE: F64, value: F64, head: I64, after: I64, loss: float) -> int:
+def _tied(e: int, f: int, k: int, limit: int, open_NE: Floats, value: F64, head: I64, after: I64, loss: float) -> int:
     """How many tokens of e (at most `limit`) move to f at exactly the least loss."""
     count = 0
     slot = head[e]
@@ -171,7 +174,7 @@ def _tied(e: int, f: int, k: int, limit: int, open_NE: F64, value: F64, head: I6
 
 @kernel
 def _move(
-    e: int, f: int, k: int, count: int, open_NE: F64, value: F64, place: I64,
+    e: int, f: int, k: int, count: int, open_NE: Floats, value: F64, place: I64,
     head: I64, after: I64, before: I64, loss_EE: F64, via_EE: I64, stale: I64,
 ) -> None:  # fmt: skip
     """Move `count` tokens that lose the least from e to f, and mark what this makes stale in the residual graph."""
@@ -206,7 +209,7 @@ def _move(
 
 @kernel
 def _refresh(
-    e: int, k: int, open_NE: F64, value: F64, head: I64, after: I64, loss_EE: F64, via_EE: I64, stale: I64
+    e: int, k: int, open_NE: Floats, value: F64, head: I64, after: I64, loss_EE: F64, via_EE: I64, stale: I64
 ) -> None:
     """Recompute the stale entries of row e: the one or two columns whose cheapest token has left, or all."""
     E = open_NE.shape[1]
@@ -234,7 +237,7 @@ def _refresh(
 
 @kernel
 def _push(
-    sink: int, k: int, parent: I64, excess: I64, bonus: I64, open_NE: F64, value: F64, place: I64,
+    sink: int, k: int, parent: I64, excess: I64, bonus: I64, open_NE: Floats, value: F64, place: I64,
     head: I64, after: I64, before: I64, loss_EE: F64, via_EE: I64, stale: I64,
 ) -> int:  # fmt: skip
     """Move tokens along the path that ends at `sink`, as many as are tied on all of it; returns how many."""
@@ -267,7 +270,7 @@ def _push(
 
 @kernel
 def rebalance(
-    open_NE: F64, value: F64, place: I64, k: int, excess: I64, bonus: I64, num_bonus: int, prices: F64
+    open_NE: Floats, value: F64, place: I64, k: int, excess: I64, bonus: I64, num_bonus: int, prices: F64
 ) -> tuple[int, int]:
     """Move tokens along shortest paths until no expert has too many or too few. Everything is changed in place.
 

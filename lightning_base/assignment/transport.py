@@ -137,7 +137,7 @@ def _shortest_paths(choice: Choice, loads: Loads, prices: F64, index: I64) -> tu
         held = np.ones(T, bool)
         held[index] = False
         free -= np.bincount(expert[held].ravel(), minlength=E)
-    rows_NE = (scores_TE if len(index) == T else scores_TE[index]).astype(np.float64)
+    rows_NE = scores_TE.copy() if len(index) == T else scores_TE[index]
     value = np.empty(len(index) * k)
     place = np.empty(len(index) * k, np.int64)
     slack = 2.0**-46 * float(np.abs(prices).max())
