@@ -6,6 +6,7 @@ with it.
 
 import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,8 @@ def main() -> None:
 
 # The jobs this process has taken on, for the summary of a run without a sweep.
 STARTED: list[RunDirectory] = []
+# How jobs ended on a node that does not write status.json.
+ENDED_HERE: dict[RunDirectory, str] = {}
 
 
 def job(composed: DictConfig) -> str:
@@ -76,20 +79,48 @@ def job(composed: DictConfig) -> str:
     run = RunDirectory(Path(hydra_config.runtime.output_dir))
     STARTED.append(run)
     in_sweep = hydra_config.mode == RunMode.MULTIRUN
-    if not check_run_directory(run, plain):
-        say(f"skipping {shown(run.path)}: it is done")
-        return "skipped"
     check_devices(config.trainer)
     check_nodes(config)
+    first_node = node_rank(config) == 0
+    left = check_run_directory(run, plain) if first_node else run.status().get("state") != "done"
+    if not left:
+        say(f"skipping {shown(run.path)}: it is done")
+        return "skipped"
     prepare_data(config)
+    if first_node:
+        write_job(run, plain, list(hydra_config.overrides.task))
+        say(f"running {shown(run.path)}")
+    else:
+        wait_for_config(run, plain, config.strategy.timeout_seconds)
+    return run_tree(run, config, own_process=in_sweep or config.trainer.world_size > 1)
+
+
+def write_job(run: RunDirectory, plain: dict[str, Any], overrides: list[str]) -> None:
+    """Writes what every rank will read, and a status that says the job has begun."""
     run.config.parent.mkdir(parents=True, exist_ok=True)
     OmegaConf.save(OmegaConf.create(plain), run.config)
-    OmegaConf.save(hydra_config.overrides.task, run.config.with_name("overrides.yaml"))
+    OmegaConf.save(OmegaConf.create(overrides), run.config.with_name("overrides.yaml"))
     for old in run.failures.glob("*.json"):
         old.unlink()
     run.write_status("running")
-    say(f"running {shown(run.path)}")
-    return run_tree(run, config, own_process=in_sweep or config.trainer.world_size > 1)
+
+
+def wait_for_config(run: RunDirectory, plain: dict[str, Any], seconds: float) -> None:
+    """On a node that is not the first: waits until the first one has written the same configuration.
+
+    Raises:
+        ConfigError: it has not within ``seconds``.
+    """
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        ready = run.config.exists() and run.status().get("state") == "running"
+        if ready and not differing_keys(OmegaConf.to_container(OmegaConf.load(run.config)), plain):
+            return
+        time.sleep(0.5)
+    raise ConfigError(
+        f"NODE_RANK={os.environ['NODE_RANK']}: the first node has not started this job in {shown(run.path)} within "
+        f"strategy.timeout_seconds={seconds}: run the same command on every node, with runs_dir on a shared file system"
+    )
 
 
 def run_tree(run: RunDirectory, config: Config, *, own_process: bool) -> str:
@@ -107,7 +138,11 @@ def run_tree(run: RunDirectory, config: Config, *, own_process: bool) -> str:
     except KeyboardInterrupt:
         interrupted, code = True, 130
     state = run.status().get("state")
-    if code == 0:
+    if node_rank(config):
+        # The first node writes how the job ended; here only the exit code tells.
+        state = {0: "done", PREEMPTED: "preempted"}.get(code, "failed")
+        ENDED_HERE[run] = state
+    elif code == 0:
         run.write_status("done")
         state = "done"
     elif state != "preempted":
@@ -117,7 +152,8 @@ def run_tree(run: RunDirectory, config: Config, *, own_process: bool) -> str:
         state = "failed"
     if interrupted:
         raise KeyboardInterrupt
-    if code == PREEMPTED and not own_process:
+    if state == "preempted":
+        # Whoever preempts one job of a sweep wants the machine: the next one is not started.
         sys.exit(PREEMPTED)
     return str(state)
 
@@ -185,6 +221,11 @@ def differing_keys(a: Any, b: Any, prefix: str = "") -> list[str]:
         keys = sorted(set(a) | set(b), key=str)
         return [found for key in keys for found in differing_keys(a.get(key), b.get(key), f"{prefix}{key}.")]
     return [] if a == b else [prefix.rstrip(".")]
+
+
+def node_rank(config: Config) -> int:
+    """Which of several nodes this is; 0 if there is only one."""
+    return int(os.environ["NODE_RANK"]) if config.trainer.num_nodes > 1 else 0
 
 
 def check_nodes(config: Config) -> None:
@@ -255,7 +296,8 @@ class CheckSweep(Callback):
             check_devices(checked.trainer)
             check_nodes(checked)
             run = RunDirectory(sweep / subdirectory)
-            check_run_directory(run, plain)
+            if node_rank(checked) == 0:
+                check_run_directory(run, plain)
             if run in jobs:
                 raise ConfigError(f"two jobs of the sweep would share {shown(run.path)}: let hydra.sweep.subdir differ")
             jobs.append(run)
@@ -292,7 +334,7 @@ def summarize(jobs: Sequence[RunDirectory]) -> int:
     """Says how each job ended; gives the exit code of the command."""
     if not jobs:
         return 0
-    states = [run.status() for run in jobs]
+    states = [{"state": ENDED_HERE[run]} if run in ENDED_HERE else run.status() for run in jobs]
     bad = [(run, status) for run, status in zip(jobs, states, strict=True) if status.get("state") != "done"]
     if len(jobs) > 1 or bad:
         say(f"{len(jobs) - len(bad)} of {len(jobs)} jobs done")

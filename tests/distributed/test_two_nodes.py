@@ -1,0 +1,58 @@
+"""Two nodes, here two launchers on one machine: the same command on each, one run directory."""
+
+import subprocess
+from pathlib import Path
+
+import program
+import pytest
+import torch.distributed as dist
+
+
+def free_port() -> int:
+    """A port nobody listens on: the store binds it and lets it go."""
+    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    return store.port
+
+
+def test_two_nodes_train_one_job_and_give_the_losses_of_one(small_corpus: list[str], tmp_path: Path) -> None:
+    arguments = [*small_corpus, f"runs_dir={tmp_path}/two", "strategy=ddp", "trainer.num_nodes=2"]
+    port = str(free_port())
+    nodes = [
+        subprocess.Popen(
+            program.command(*arguments),
+            env={**program.environment(), "NODE_RANK": str(rank), "MASTER_ADDR": "localhost", "MASTER_PORT": port},
+            cwd=program.REPOSITORY,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in (1, 0)
+    ]
+    errors = [node.communicate(timeout=200)[1] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], errors
+    two = program.only_job(tmp_path / "two")
+    assert program.read(two / "status.json")["state"] == "done"
+    assert program.read(two / "manifest.json")["world_size"] == 2
+
+    done = program.train(*small_corpus, f"runs_dir={tmp_path}/one")
+    assert done.returncode == 0, done.stderr
+    one = program.only_job(tmp_path / "one")
+    fingerprints = [program.read(path / "manifest.json")["batch_fingerprint"] for path in (one, two)]
+    assert fingerprints[0] == fingerprints[1]
+    losses = [[value for _, value in program.series(path, "train/loss")] for path in (one, two)]
+    assert losses[1] == pytest.approx(losses[0], rel=2e-5)
+
+
+def test_a_node_whose_first_node_never_comes_gives_up(small_corpus: list[str], tmp_path: Path) -> None:
+    done = subprocess.run(
+        program.command(
+            *small_corpus, f"runs_dir={tmp_path}", "strategy=ddp", "trainer.num_nodes=2", "strategy.timeout_seconds=3"
+        ),
+        env={**program.environment(), "NODE_RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"},
+        cwd=program.REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert done.returncode == 2
+    assert "the first node has not started this job" in done.stderr
