@@ -83,8 +83,8 @@ def best_k(scores_TE: Floats, prices: Floats, k: int, start: int, stop: int, cho
 
 @kernel
 def place_rows(
-    scores_NE: Floats, prices: F64, k: int, slack: float, known_NK: I64, sure_N: NDArray[np.bool_], free: I64, value: F64,
-    place: I64,
+    scores_NE: Floats, prices: F64, k: int, slack: float, known_NK: I64, sure_N: NDArray[np.bool_], free: I64,
+    value: F64, place: I64,
 ) -> int:  # fmt: skip
     """Give each row its k best experts in double precision, ties (within `slack`) to the expert with most room left.
 
