@@ -18,6 +18,7 @@ def kernel(function: F) -> F:
 
     The GIL is released, so that chunks of one problem can run in a thread pool. Numba's own `parallel=True` is not
     used: its OpenMP layer aborts forked children (data-loader workers) and its default layer aborts on concurrent use.
+    Kernels that call each other live in one file, because the cache notices changes in a kernel's own file only.
     """
     plain: Any = inspect.unwrap(function)  # a type-checking import hook may have wrapped it; Numba needs the source
     try:
