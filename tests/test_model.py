@@ -383,3 +383,22 @@ def test_a_compiled_model_gives_the_same_logits_plans_and_gradients(backend: str
     while not context.join(timeout=300):
         pass
     assert [process.exitcode for process in context.processes] == [0]
+
+
+@pytest.mark.parametrize("precision", ["mixed", "true"])
+@every_router
+def test_bfloat16_stays_near_float32(name: str, precision: str) -> None:
+    model, ids = awake(build(name, depth=4, positions="learned")).train(), some_ids()
+    expected = model(ids)
+    if precision == "mixed":
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            got = model(ids)
+    else:
+        model.bfloat16()
+        got = model(ids)
+    got.logits.float().square().mean().backward()
+    assert got.logits.dtype == torch.bfloat16
+    assert all(bool(torch.isfinite(p.grad).all()) for p in model.parameters() if p.grad is not None)
+    # Scores near a tie may change hands, so that a few tokens differ altogether: compare the middle one.
+    error = (got.logits.float() - expected.logits).abs().median() / expected.logits.abs().median()
+    assert error.item() < 0.1
