@@ -3,8 +3,8 @@
 Shapes: S recorded steps, E experts.
 """
 
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from io import BytesIO
 from typing import Any
 
@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 
 from lightning_base.report.colors import Style, styles
 from lightning_base.report.fairness import Arm, Comparison
+from lightning_base.report.picture import Picture
 from lightning_base.report.read import Run
 
 # A white ground of its own: readable on light and dark pages alike.
@@ -26,20 +27,11 @@ LOOK: Any = {
     "grid.color": "#e3e3e3",
     "figure.facecolor": "white",
     "savefig.facecolor": "white",
+    # Labels come from files: a dollar sign in them is a dollar sign.
+    "text.parse_math": False,
     "svg.hashsalt": "lightning_base",
 }
 LAYERS_PER_FIGURE = 4
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A drawn figure: its file name without a suffix, what one sees in it, and its bytes in two formats."""
-
-    name: str
-    title: str
-    caption: str
-    svg: bytes
-    png: bytes
 
 
 def pictures(comparison: Comparison, labels: Sequence[str]) -> list[Picture]:
@@ -82,7 +74,7 @@ def loss_curves(arms: Sequence[Arm], labels: Sequence[str], looks: Sequence[Styl
         "flops": "steps x tokens per step x FLOPs per token; dropped tokens are counted as if they had been computed.",
     }
     for key, (axis, title, cost) in axes_x.items():
-        figure = Figure(figsize=(7.2, 4.2), layout="constrained")
+        figure = Figure(figsize=(5.4, 4.2), layout="constrained")
         axes = figure.subplots()
         ends: list[tuple[float, int]] = []
         for i, (arm, look) in enumerate(zip(arms, looks, strict=True)):
@@ -104,10 +96,17 @@ def loss_curves(arms: Sequence[Arm], labels: Sequence[str], looks: Sequence[Styl
         axes.set_xlabel(axis)
         axes.set_ylabel("validation loss [nats per token]")
         axes.set_xlim(left=0)
-        # In the order in which the lines end, so that the eye goes from line to name.
+        # In the order in which the lines end, the highest first.
         handles, names = axes.get_legend_handles_labels()
         order = sorted(range(len(handles)), key=lambda j: -[end for end, _ in ends][j])
-        figure.legend([handles[j] for j in order], [names[j] for j in order], loc="outside right upper", frameon=False)
+        width = 4 if max(map(len, names)) < 9 else 1 + (max(map(len, names)) < 24)
+        figure.legend(
+            [handles[j] for j in order],
+            [names[j] for j in order],
+            loc="outside lower center",
+            frameon=False,
+            ncols=width,
+        )
         caption = f"Validation loss over {text} against {axis}. {notes[key]}{spread}"
         yield render(f"loss_{key}", title, caption, figure)
 
@@ -115,14 +114,14 @@ def loss_curves(arms: Sequence[Arm], labels: Sequence[str], looks: Sequence[Styl
 def load_bars(arms: Sequence[Arm], labels: Sequence[str], looks: Sequence[Style]) -> Iterator[Picture]:
     """Load of each expert in the final evaluation: a row per arm and evaluation mode, a column per layer."""
     rows = [
-        (label if stage == "final_pass" and len(stages) == 1 else f"{label}\n{mode_of(stage)}", look, stage, arm)
+        (label if stage == "final_pass" and len(stages) == 1 else f"{label}, {mode_of(stage)}", look, stage, arm)
         for label, look, arm in zip(labels, looks, arms, strict=True)
         for stages in [sorted(s for s in arm.first.counts if s.startswith("final"))[::-1]]
         for stage in stages
         if arm.first.ledger["num_experts"] > 1
     ]
     for part, layers in chunks(layer_names([arm for *_, arm in rows])):
-        figure = Figure(figsize=(1.6 + 3 * len(layers), 0.7 + 1.45 * len(rows)), layout="constrained")
+        figure = Figure(figsize=(1.6 + 3 * len(layers), 0.7 + 1.55 * len(rows)), layout="constrained")
         grid = figure.subplots(len(rows), len(layers), squeeze=False, sharey=True)
         for line, (label, look, stage, arm) in zip(grid, rows, strict=True):
             for axes, layer in zip(line, layers, strict=True):
@@ -133,20 +132,19 @@ def load_bars(arms: Sequence[Arm], labels: Sequence[str], looks: Sequence[Style]
                 demand_E, load_E = np.mean(shares, 0)
                 experts = np.arange(len(load_E))
                 axes.bar(experts, load_E, color=look.color, width=0.8)
-                axes.bar(experts, demand_E, color="none", edgecolor="#444444", width=0.8, lw=0.8, ls=":")
+                axes.bar(experts, demand_E - load_E, bottom=load_E, color="white", edgecolor=look.color, width=0.75)
                 axes.axhline(1, color="#444444", lw=1)
                 axes.grid(axis="x", visible=False)
                 axes.set_xticks(experts if len(experts) <= 8 else experts[:: len(experts) // 8])
-            line[0].set_ylabel(label)
-        for axes, layer in zip(grid[0], layers, strict=True):
-            axes.set_title(layer.replace("_", " "), fontsize=11)
+                axes.set_title(panel(label, layer), fontsize=10, loc="left")
         figure.supxlabel("expert", fontsize=11)
+        figure.supylabel("tokens / even share", fontsize=11)
         yield render(f"load_bars{part}", f"Load per expert in evaluation{part.replace('_', ' ')}", BARS_CAPTION, figure)
 
 
 BARS_CAPTION = (
-    "Tokens of the whole validation text that each expert computed, relative to an even share (the line at 1). A "
-    "dotted outline above a bar is demand that was dropped. Arms with a single expert are not shown."
+    "Tokens of the whole validation text that each expert computed, relative to an even share (the line at 1). An "
+    "empty piece on top of a bar is demand that was dropped. Arms with a single expert are not shown."
 )
 
 
@@ -159,7 +157,7 @@ def load_heatmaps(arms: Sequence[Arm], labels: Sequence[str]) -> Iterator[Pictur
     ]
     seed = f" Seed {arms[0].seeds[0]} of {len(arms[0].seeds)}." if len(arms[0].seeds) > 1 else ""
     for part, layers in chunks(layer_names([arm for _, arm in rows])):
-        figure = Figure(figsize=(2.2 + 3 * len(layers), 0.9 + 1.5 * len(rows)), layout="constrained")
+        figure = Figure(figsize=(2.2 + 3 * len(layers), 0.9 + 1.6 * len(rows)), layout="constrained")
         grid = figure.subplots(len(rows), len(layers), squeeze=False)
         image = None
         for line, (label, arm) in zip(grid, rows, strict=True):
@@ -175,10 +173,9 @@ def load_heatmaps(arms: Sequence[Arm], labels: Sequence[str]) -> Iterator[Pictur
                 axes.set_xticks(shown, [str(counts.steps[i]) for i in shown])
                 axes.set_yticks(sorted({0, counts.demand.shape[1] - 1}))
                 axes.grid(visible=False)
-            line[0].set_ylabel(f"{label}\nexpert")
-        for axes, layer in zip(grid[0], layers, strict=True):
-            axes.set_title(layer.replace("_", " "), fontsize=11)
+                axes.set_title(panel(label, layer), fontsize=10, loc="left")
         figure.supxlabel("step", fontsize=11)
+        figure.supylabel("expert", fontsize=11)
         if image is not None:
             figure.colorbar(image, ax=grid, label="demand / even share", extend="max", shrink=min(1.0, 2 / len(rows)))
             yield render(
@@ -201,6 +198,11 @@ def relative(run: Run, stage: str, layer: str) -> np.ndarray:
     both_2E = np.stack([counts.demand[-1], counts.load[-1]]).astype(float)
     relative_2E: np.ndarray = both_2E / max(both_2E[0].mean(), 1e-9)
     return relative_2E
+
+
+def panel(label: str, layer: str) -> str:
+    """The title of one small figure, broken where it would not fit."""
+    return textwrap.fill(f"{label}: {layer.replace('_', ' ')}", 40)
 
 
 def mode_of(stage: str) -> str:

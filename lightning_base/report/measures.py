@@ -188,13 +188,11 @@ MEASURES: Sequence[Measure] = (
     ),
     Measure("tokens", ROUTING, "tokens trained on, padding excluded", manifest("tokens"), whole),
     Measure(
-        "assignments dropped",
+        "dropped",
         ROUTING,
         "token-expert pairs, over all sparse layers and steps, that found their expert full",
         manifest("assignments_dropped"),
         whole,
     ),
-    Measure(
-        "drop rate", ROUTING, "assignments dropped / assignments asked for (tokens * k * layers)", drop_rate, percent
-    ),
+    Measure("drop rate", ROUTING, "dropped / assignments asked for (tokens * k * layers)", drop_rate, percent),
 )

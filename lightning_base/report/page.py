@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from jinja2 import Environment, StrictUndefined
 
 from lightning_base.report.document import Document, column_help
-from lightning_base.report.figures import Picture
+from lightning_base.report.picture import Picture
 from lightning_base.report.style import CSS
 from lightning_base.report.table import Table
 
@@ -49,14 +49,16 @@ BODY = """\
 <thead>
 <tr class="groups">{% for group, size in groups(table) %}<th colspan="{{ size }}" scope="colgroup">{{ group }}</th>\
 {% endfor %}</tr>
-<tr>{% for column in table.columns %}<th scope="col" title="{{ column.help }}">{{ column.heading }}</th>\
+<tr>{% for column in table.columns %}<th scope="col" title="{{ column.help }}"\
+{% if column.words %} class="words"{% endif %}>{{ column.heading }}</th>\
 {% endfor %}</tr>
 </thead>
 <tbody>
 {% for row in table.rows %}
 <tr{% if loop.index0 and row[0] != table.rows[loop.index0 - 1][0] %} class="next"{% endif %}>\
 <th scope="row">{{ row[0] }}</th>{% set line = loop.index0 %}\
-{% for text in row[1:] %}<td{% if (line, loop.index) in table.strong %} class="best"{% endif %}>{{ text }}</td>\
+{% for text in row[1:] %}<td{% if (line, loop.index) in table.strong %} class="best"\
+{% elif table.columns[loop.index].words %} class="words"{% endif %}>{{ text }}</td>\
 {% endfor %}</tr>
 {% endfor %}
 </tbody>

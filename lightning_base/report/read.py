@@ -123,7 +123,7 @@ def list_jobs(directory: Path) -> list[tuple[Path, str]]:
         return [(directory, directory.resolve().name)]
     try:
         labels = read_json(directory / "sweep.json").get("jobs", {})
-        swept = {str(name): str(label) for name, label in labels.items()}
+        swept = {str(name): printable(str(label)) for name, label in labels.items()}
     except (ValueError, AttributeError, OSError) as error:
         raise ReportError(f"{directory / 'sweep.json'} cannot be read ({error}): repair or remove it") from error
     others = sorted(
@@ -156,6 +156,11 @@ def read_job(path: Path, label: str) -> Run | LeftOut:
         return LeftOut(path.name, label, "refused", str(error))
     except (OSError, ValueError) as error:
         return LeftOut(path.name, label, "refused", f"it cannot be read: {error}")
+
+
+def printable(text: str) -> str:
+    """Without control characters: what a file holds must not move a terminal's cursor, and no font can draw them."""
+    return "".join(c for c in text if c.isprintable() or c == "\n")
 
 
 WHY = {

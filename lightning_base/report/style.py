@@ -7,7 +7,7 @@ CSS = """
   --band: #1d2126; --accent: #79b8f0; --warn: #ffc48a; --warn-paper: #33230f; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.55 system-ui, sans-serif; }
-header, main { max-width: 84rem; margin: 0 auto; padding: 0 clamp(1rem, 4vw, 3rem); }
+header, main { max-width: 84rem; margin: 0 auto; padding: 0 clamp(1rem, 3vw, 2rem); }
 header { padding-top: 2.5rem; }
 main { padding-bottom: 4rem; }
 .kicker { margin: 0; color: var(--soft); font-size: .85rem; letter-spacing: .04em; }
@@ -24,9 +24,9 @@ h4 { margin: .8rem 0 .3rem; font-size: 1rem; }
   background: var(--warn-paper); border-left: 4px solid currentColor; }
 .apart p { margin: 0 0 .3rem; font-weight: 600; }
 .scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .4rem .7rem; text-align: right; white-space: nowrap; }
-thead th { vertical-align: bottom; font-weight: 600; white-space: normal; min-width: 5.2rem; }
+table { border-collapse: collapse; font-size: .86rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .4rem .55rem; text-align: right; white-space: nowrap; }
+thead th { vertical-align: bottom; font-weight: 600; white-space: normal; min-width: 3.8rem; }
 thead tr:last-child th { border-bottom: 2px solid var(--ink); }
 tr.groups th { text-align: left; color: var(--soft); font-weight: 500; font-size: .8rem; padding-bottom: 0; }
 tr.groups th:not(:empty) { border-bottom: 1px solid var(--line); }
@@ -35,13 +35,15 @@ tbody tr.next { border-top: 2px solid var(--soft); }
 tbody tr:nth-child(even) { background: var(--band); }
 th:first-child { text-align: left; position: sticky; left: 0; background: var(--paper); }
 tbody tr:nth-child(even) th:first-child { background: var(--band); }
+th.words, td.words { text-align: left; }
 td.best { font-weight: 700; color: var(--accent); }
 .note { max-width: 60rem; margin: .5rem 0 0; color: var(--soft); font-size: .9rem; }
-.figures { display: grid; gap: 1.5rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); }
+.figures { display: grid; gap: 1.5rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)); }
 figure { margin: 0; min-width: 0; }
 figure.wide { grid-column: 1 / -1; }
+figure.wide img { min-width: 30rem; }
 figure .scroll { background: #fff; border: 1px solid var(--line); border-radius: 8px; padding: .4rem; }
-figure img { display: block; width: 100%; min-width: 25rem; max-width: 62rem; height: auto; margin: 0 auto; }
+figure img { display: block; width: 100%; min-width: 20rem; max-width: 54rem; height: auto; margin: 0 auto; }
 figcaption { margin-top: .5rem; color: var(--soft); font-size: .9rem; max-width: 60rem; }
 .facts { display: grid; gap: .2rem 1.5rem; margin: 0;
   grid-template-columns: repeat(auto-fill, minmax(min(100%, 17rem), 1fr)); font-size: .9rem; }

@@ -12,11 +12,12 @@ NOT_CAUSAL_IN_TRAINING, NOT_CAUSAL_IN_EVALUATION = "†", "‡"
 
 @dataclass(frozen=True)
 class Column:
-    """``group`` stands above the headings of neighbours that share it; ``help`` says how to read the numbers."""
+    """``group`` stands above the headings of neighbours that share it; ``help`` how to read it."""
 
     heading: str
     group: str = ""
     help: str = ""
+    words: bool = False
 
 
 @dataclass(frozen=True)
@@ -62,21 +63,20 @@ def marked(label: str, arm: Arm) -> str:
 
 
 def footnotes(arms: Sequence[Arm]) -> list[str]:
+    """What the signs behind the labels mean; only those that occur."""
+    training = any(arm.first.ledger.get("causal_in_training") is False for arm in arms)
+    evaluation = any(arm.first.ledger.get("causal_in_evaluation") is False for arm in arms)
     notes = []
-    if any(arm.first.ledger.get("causal_in_training") is False for arm in arms):
+    if training:
         notes.append(
             f"{NOT_CAUSAL_IN_TRAINING} Not causal in training: there, a token's expert may depend on later tokens of "
-            "its routing group, so training losses do not compare. The validation loss here is measured with causal routing"
-            + (
-                "."
-                if all(arm.first.ledger.get("causal_in_evaluation") is not False for arm in arms)
-                else ", unless marked ‡."
-            )
+            "its routing group, so its training loss does not compare. Its validation loss here is measured with "
+            f"causal routing{f', unless marked {NOT_CAUSAL_IN_EVALUATION}' if evaluation else ''}."
         )
-    if any(arm.first.ledger.get("causal_in_evaluation") is False for arm in arms):
+    if evaluation:
         notes.append(
-            f"{NOT_CAUSAL_IN_EVALUATION} Not causal in evaluation either: its validation loss makes use of later "
-            "tokens and is no loss of a language model."
+            f"{NOT_CAUSAL_IN_EVALUATION} Not causal in evaluation: its validation loss makes use of later tokens and "
+            "is no loss of a language model."
         )
     return notes
 
@@ -96,7 +96,7 @@ SIDES = (("demand", "Demand: what the router asked for"), ("load", "Load: what w
 
 def balance_table(comparison: Comparison, labels: Sequence[str]) -> Table:
     """How evenly experts were asked and used: a row per arm and place of measurement."""
-    columns = [Column("arm"), Column("measured over", "", SCOPE_HELP)]
+    columns = [Column("arm"), Column("measured over", "", SCOPE_HELP, words=True)]
     columns += [Column(name, heading, BALANCE_HELP[name]) for _, heading in SIDES for name in BALANCE_HELP]
     columns += [Column("drop rate", "", "dropped assignments / (T k), mean over layers"), Column("loss", "", LOSS_HELP)]
     rows = []

@@ -4,7 +4,8 @@ import re
 from collections.abc import Sequence
 
 from lightning_base.report.document import Document, Section, column_help
-from lightning_base.report.figures import Picture
+from lightning_base.report.picture import Picture
+from lightning_base.report.read import printable
 from lightning_base.report.table import Table
 
 SPECIAL = re.compile(r"([\\`*_\[\]<>|#~])")
@@ -57,7 +58,7 @@ def markdown_table(table: Table) -> list[str]:
         [f"**{escape(text)}**" if (i, j) in table.strong else escape(text) for j, text in enumerate(row)]
         for i, row in enumerate(table.rows)
     ]
-    rule = ["---", *("---:" for _ in table.columns[1:])]
+    rule = ["---", *("---" if column.words else "---:" for column in table.columns[1:])]
     return [line([escape(name) for name in names]), line(rule), *map(line, rows)]
 
 
@@ -88,9 +89,4 @@ def columns(table: Table) -> list[str]:
 
 def escape(text: str) -> str:
     """Text that Markdown shows as it is."""
-    return SPECIAL.sub(r"\\\1", " ".join(text.split()))
-
-
-def printable(text: str) -> str:
-    """Without control characters: what a file holds must not move a terminal's cursor."""
-    return "".join(c for c in text if c.isprintable() or c == "\n")
+    return SPECIAL.sub(r"\\\1", printable(" ".join(text.split())))

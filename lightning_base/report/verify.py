@@ -153,7 +153,7 @@ def check_balance(run: Run) -> Iterator[str]:
             for side, numbers in (("demand", counts.demand[-1]), ("load", counts.load[-1])):
                 name = f"{stage}/max_vio/{side}/{layer}"
                 logged, total = run.last(name), int(numbers.sum())
-                if logged is not None and total and not close(logged + 1, numbers.max() * len(numbers) / total):
+                if logged is not None and total and not close(logged + 1, int(numbers.max()) * len(numbers) / total):
                     yield f"{name} is {logged} in metrics.csv, and expert_load.csv gives another value"
 
 

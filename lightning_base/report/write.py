@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from lightning_base.report.document import Document, build
+from lightning_base.report.picture import Picture
 from lightning_base.report.read import ReportError
 from lightning_base.report.text import markdown, terminal
 
@@ -28,7 +29,7 @@ def write_report(*directories: str | Path, quiet: bool = False) -> Path:
         ReportError: there is nothing to report, in one sentence.
     """
     # Imported late: drawing needs a second to load, and most mistakes are found before.
-    from lightning_base.report.figures import Picture, pictures
+    from lightning_base.report.figures import pictures
     from lightning_base.report.page import html
 
     paths = [Path(directory) for directory in directories]

@@ -1,0 +1,14 @@
+"""A figure once it is drawn: what pages and texts need, without what draws it."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A drawn figure: its file name without a suffix, what one sees in it, and its bytes in two formats."""
+
+    name: str
+    title: str
+    caption: str
+    svg: bytes
+    png: bytes

@@ -1,0 +1,63 @@
+"""Colours are the router's own, and curves lie where the numbers say."""
+
+from pathlib import Path
+
+import numpy as np
+from hand_made_runs import write_run
+
+from lightning_base.report.colors import ROUTERS, router_color, styles
+from lightning_base.report.document import build
+from lightning_base.report.fairness import Arm
+from lightning_base.report.figures import flops_until, pictures, relative
+from lightning_base.report.read import Run, read_job
+
+
+def read(path: Path) -> Run:
+    run = read_job(path, path.name)
+    assert isinstance(run, Run)
+    return run
+
+
+def test_a_router_keeps_its_colour_whatever_stands_beside_it(tmp_path: Path) -> None:
+    base, switch = (Arm((read(write_run(tmp_path / name, name)),)) for name in ("BASE", "Switch"))
+    assert styles([base, switch])[1] == styles([switch])[0]
+    assert styles([switch])[0].color.lower() == ROUTERS["Switch"][0].lower()
+    assert router_color("ExpertChoice") == router_color("ExpertChoice")
+
+
+def test_arms_of_one_router_differ_in_shade_and_line(tmp_path: Path) -> None:
+    arms = [
+        Arm((read(write_run(tmp_path / str(f), "Switch", changes={"router.capacity_factor": f})),))
+        for f in (1.0, 2.0, 3.0)
+    ]
+    looks = styles(arms)
+    assert len({look.color for look in looks}) == len({look.line for look in looks}) == 3
+    assert len({look.marker for look in looks}) == 1
+
+
+def test_flops_are_steps_times_tokens_per_step_times_flops_per_token(tmp_path: Path) -> None:
+    run = read(write_run(tmp_path / "run"))
+    # 16 tokens a step at 6000 FLOPs.
+    assert flops_until(run, np.array([1, 4])).tolist() == [96_000.0, 384_000.0]
+
+
+def test_load_is_relative_to_an_even_share(tmp_path: Path) -> None:
+    run = read(write_run(tmp_path / "run"))
+    # [20, 10, 6, 4] of 40 tokens over 4 experts.
+    assert relative(run, "final_pass", "layer_1").tolist() == [[2.0, 1.0, 0.6, 0.4]] * 2
+
+
+def test_arms_without_curves_or_counts_leave_the_other_figures_whole(tmp_path: Path) -> None:
+    write_run(tmp_path / "TopK", "TopK", without=("validation/loss",))
+    (section,) = build(tmp_path).sections
+    assert [p.name for p in pictures(section.comparison, section.labels)] == ["load_bars", "load_over_time"]
+
+
+def test_several_seeds_are_drawn(tmp_path: Path) -> None:
+    for seed in (1, 2):
+        for router in ("BASE", "Switch"):
+            write_run(tmp_path / f"{router}{seed}", router, 4.0 + seed, seed=seed)
+    (section,) = build(tmp_path).sections
+    drawn = pictures(section.comparison, section.labels)
+    assert "means over seeds" in drawn[0].caption
+    assert "Seed 1 of 2" in drawn[-1].caption

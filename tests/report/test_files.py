@@ -1,0 +1,177 @@
+"""What is written: a page that needs nothing else, Markdown with its figures, and sentences for mistakes."""
+
+import json
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from hand_made_runs import write_json, write_run
+
+from lightning_base.report import write_report
+from lightning_base.report.write import main
+
+ADDRESSES = ("src", "href", "srcset", "data", "action", "poster")
+
+
+class Page(HTMLParser):
+    """Collects tags, addresses and the text of a page."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.addresses: list[str] = []
+        self.text = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.addresses += [value or "" for name, value in attrs if name in ADDRESSES]
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_the_page_needs_nothing_but_itself(experiment: Path) -> None:
+    text = write_report(experiment).read_text()
+    page = Page(text)
+    assert page.addresses
+    assert all(address.startswith("data:image/svg+xml;base64,") for address in page.addresses)
+    assert not {"script", "link", "iframe"} & set(page.tags)
+    assert not re.search(r"@import|url\(", text)
+
+
+def test_a_page_has_all_figures_and_markdown_has_them_as_files(experiment: Path) -> None:
+    page = Page(write_report(experiment).read_text())
+    names = ["load_bars", "load_over_time", "loss_flops", "loss_steps", "loss_time"]
+    assert sorted(path.stem for path in (experiment / "report_files").iterdir()) == names
+    text = (experiment / "report.md").read_text()
+    assert sorted(re.findall(r"\]\(report_files/(\w+)\.png\)", text)) == names
+    assert page.tags.count("figure") == page.tags.count("figcaption") == 5
+
+
+def test_page_markdown_and_terminal_show_the_same_numbers(experiment: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = Page(write_report(experiment).read_text())
+    printed = capsys.readouterr().out
+    for text in (page.text, (experiment / "report.md").read_text(), printed):
+        assert all(number in text for number in ("4.5000", "5.0000", "18.75 %", "90.0", "2.2500"))
+    assert "report.html" in printed
+    assert "report.md" in printed
+
+
+def test_what_comes_from_files_is_escaped(experiment: Path) -> None:
+    evil = "<script>alert(1)</script>|`x`\x1b[2J"
+    write_json(experiment / "sweep.json", {"jobs": {"router=base": evil, "router=switch": "switch", "gone": evil}})
+    text = write_report(experiment).read_text()
+    assert "<script" not in text
+    assert "&lt;script&gt;alert(1)" in text
+    rows = [line for line in (experiment / "report.md").read_text().splitlines() if "alert" in line and line[0] == "|"]
+    assert rows
+    assert all("<script>" not in row.replace("\\<", "") for row in rows)
+
+
+def test_the_terminal_gets_no_control_characters(experiment: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_json(experiment / "sweep.json", {"jobs": {"router=base": "\x1b[2Jbase", "router=switch": "switch"}})
+    write_report(experiment)
+    assert "\x1b" not in capsys.readouterr().out
+
+
+def test_the_same_runs_give_the_same_bytes(experiment: Path) -> None:
+    first = write_report(experiment).read_bytes()
+    assert write_report(experiment).read_bytes() == first
+
+
+def test_several_directories_make_one_report_beside_them(experiment: Path) -> None:
+    other = experiment.parent / "more"
+    write_run(other / "router=dense", "Dense", 4.8)
+    path = write_report(experiment, other, quiet=True)
+    assert path == experiment.parent / "hand_made+more" / "report.html"
+    assert "Dense" in path.read_text()
+
+
+def test_a_single_run_can_be_reported(experiment: Path) -> None:
+    assert "no other arm" in write_report(experiment / "router=base").read_text()
+
+
+def test_a_failed_job_is_on_the_page_with_its_traceback(experiment: Path) -> None:
+    (experiment / "bad").mkdir()
+    write_json(experiment / "bad" / "status.json", {"state": "failed", "error": "E: <hot>", "traceback": "at line 7"})
+    page = Page(write_report(experiment).read_text())
+    assert "E: <hot>" in page.text
+    assert "at line 7" in page.text
+    assert r"\<hot\>" in (experiment / "report.md").read_text()
+
+
+def test_a_directory_that_is_not_there_is_one_sentence_with_near_names(
+    experiment: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (experiment.parent / "runs").mkdir()
+    experiment.rename(experiment.parent / "runs" / "compare")
+    monkeypatch.chdir(experiment.parent)
+    assert main(["compair"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "did you mean compare?" in error
+    assert main(["compare"]) == 0
+    assert main(["runs/compare"]) == 0
+
+
+@pytest.mark.parametrize("content", ["nothing", "unfinished", "refused", "broken sweep"])
+def test_a_directory_without_a_finished_run_is_one_sentence(
+    tmp_path: Path, content: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if content == "unfinished":
+        (tmp_path / "job").mkdir()
+        write_json(tmp_path / "job" / "status.json", {"state": "running"})
+    if content == "refused":
+        write_run(tmp_path / "job", manifest={"steps": 7})
+    if content == "broken sweep":
+        write_run(tmp_path / "job")
+        (tmp_path / "sweep.json").write_text("{")
+    assert main([str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert {"unfinished": "running", "refused": "steps", "broken sweep": "sweep.json"}.get(content, "no run") in error
+    assert not (tmp_path / "report.html").exists()
+
+
+@pytest.mark.parametrize(("arguments", "code"), [([], 2), (["--unknown"], 2), (["--help"], 0)])
+def test_the_program_says_how_it_is_used(arguments: list[str], code: int, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == code
+    assert "usage" in "".join(capsys.readouterr())
+
+
+def test_a_report_loads_no_training_code(experiment: Path) -> None:
+    program = (
+        "import json, sys; from lightning_base.report import write_report; "
+        f"early = sorted(sys.modules); write_report({str(experiment)!r}, quiet=True); "
+        "print(json.dumps([early, sorted(sys.modules)]))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=120)
+    early, late = json.loads(done.stdout)
+    assert not {"torch", "pytorch_lightning", "lightning_base.model", "matplotlib"} & set(early)
+    assert not {"torch", "pytorch_lightning", "lightning_base.model", "matplotlib.pyplot"} & set(late)
+
+
+def test_a_real_sweep_stands_in_one_table(small_sweep: Path) -> None:
+    page = Page(write_report(small_sweep).read_text())
+    assert "Not comparable" not in page.text
+    assert "Not in any table" not in page.text
+    assert "evaluation, balanced" in page.text
+    assert "exactly even in base" in page.text
+    assert page.tags.count("figure") == 5
+
+
+def test_a_real_run_with_an_altered_fingerprint_is_kept_out(small_sweep: Path, tmp_path: Path) -> None:
+    import shutil
+
+    copied = shutil.copytree(small_sweep, tmp_path / "copied", ignore=shutil.ignore_patterns("checkpoints"))
+    (path,) = copied.glob("router=switch*/manifest.json")
+    manifest = json.loads(path.read_text())
+    write_json(path, {**manifest, "batch_fingerprint": manifest["batch_fingerprint"][::-1]})
+    text = Page(write_report(copied).read_text()).text
+    assert "Not comparable with the first table" in text
+    assert "batch_fingerprint: " in text
