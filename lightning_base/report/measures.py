@@ -79,7 +79,7 @@ def final_loss(run: Run) -> float | None:
 
 
 def unigram_entropy(run: Run) -> float | None:
-    """Nats per token of the validation text if every token is predicted from its frequency alone."""
+    """Nats per token of the validation text if all that is known is how frequent each token is in the training text."""
     found = (run.manifest.get("corpus") or {}).get("unigram_entropy")
     return None if found is None else float(found)
 
@@ -139,8 +139,8 @@ MEASURES: Sequence[Measure] = (
     Measure(
         "under unigram",
         QUALITY,
-        "unigram entropy of the validation text minus validation loss [nats]; above 0: more was learnt than how "
-        "frequent each token is (Shannon 1948)",
+        "unigram entropy minus validation loss [nats]; the unigram entropy is the cross-entropy of the validation "
+        "tokens under their frequencies in the training text, so above 0 more was learnt than how frequent each token is",
         under_unigram,
         number(3),
     ),

@@ -77,7 +77,7 @@ def where_base_stands(ranked: Ranked) -> list[str]:
 
 
 def learnt(comparison: Comparison, labels: Sequence[str]) -> list[str]:
-    """Each arm against the entropy of a unigram model of the validation text."""
+    """Each arm against what knowing the frequencies of the tokens alone would give."""
     entropy = mean(comparison.arms[0], unigram_entropy)
     if entropy is None:
         return []
