@@ -1,6 +1,15 @@
 """Trains one arm, or a sweep of arms: ``python experiments/train.py [-m] [experiment=NAME] [key=value ...]``."""
 
-from lightning_base.jobs import main
+import os
+
+
+def main() -> None:
+    """Imports late: OpenMP reads its settings when torch is loaded."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    from lightning_base.jobs import main
+
+    main()
+
 
 if __name__ == "__main__":
     main()

@@ -195,8 +195,7 @@ def _build(schema: type, node: object, key: str) -> Any:
     for name, hint in hints.items():
         if dataclasses.is_dataclass(hint) and name in values:
             values[name] = _build(typing.cast(type, hint), values[name], f"{key}{name}.")
-    check_arguments(values, schema, key.rstrip("."), hidden=set())
-    return schema(**values)
+    return schema(**check_arguments(values, schema, key.rstrip("."), hidden=set()))
 
 
 def _check_across(config: Config) -> None:

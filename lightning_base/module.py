@@ -91,9 +91,9 @@ class LanguageModel(pl.LightningModule):
         self.optimizer_options = dict(optimizer)
         self.max_steps = max_steps
         self.attend_across_documents = attend_across_documents
-        kind = type(make_router())
-        self.loss_coefficients = {**kind.loss_coefficients, **(loss_coefficients or {})}
-        self.evaluation_modes = kind.evaluation_modes
+        first = next(iter(self.model.sparse_layers.values())).router
+        self.loss_coefficients = {**first.loss_coefficients, **(loss_coefficients or {})}
+        self.evaluation_modes = first.evaluation_modes
         self.register_buffer("bytes_per_token", torch.zeros(vocab_size, dtype=torch.int64))
         self.validation_loss = LanguageModelLoss()
         # Not a submodule: the state dict keeps one set of names, compiled or not.

@@ -105,10 +105,7 @@ def shared_setting(run: Run) -> dict[str, Any]:
 def setting(arm: Arm) -> dict[str, Any]:
     """What has to agree between arms: the shared setting, the seeds, and what depends on each seed."""
     found = {**shared_setting(arm.first), "seed": list(arm.seeds)}
-    for name in BY_SEED:
-        for run in arm.runs:
-            found[name if len(arm.runs) == 1 else f"{name} (seed {run.seed})"] = run.manifest[name]
-    return found
+    return found | {name: {run.seed: run.manifest[name] for run in arm.runs} for name in BY_SEED}
 
 
 def router_side(run: Run) -> dict[str, Any]:
@@ -124,13 +121,22 @@ def execution(run: Run) -> dict[str, Any]:
 
 
 def differences(one: Comparison, other: Comparison) -> list[Difference]:
-    """The fields in which two comparisons differ; those that somebody configured come first."""
+    """The fields in which two comparisons differ; those that somebody configured come first.
+
+    What depends on the seed is compared for the seeds that both have.
+    """
     keys = sorted({*one.setting, *other.setting}, key=lambda key: (not is_configured(one, other, key), key))
-    return [
-        Difference(key, one.setting.get(key), other.setting.get(key))
-        for key in keys
-        if one.setting.get(key) != other.setting.get(key)
-    ]
+    found = []
+    for key in keys:
+        here, there = one.setting.get(key), other.setting.get(key)
+        if key not in BY_SEED:
+            found.append(Difference(key, here, there))
+            continue
+        shared = sorted(set(one.seeds) & set(other.seeds))
+        for seed in shared:
+            field = key if len(shared) == 1 else f"{key} (seed {seed})"
+            found.append(Difference(field, one.setting[key][seed], other.setting[key][seed]))
+    return [difference for difference in found if difference.here != difference.there]
 
 
 def is_configured(one: Comparison, other: Comparison, key: str) -> bool:

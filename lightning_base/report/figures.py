@@ -11,6 +11,7 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
 
 from lightning_base.report.colors import Style, styles
 from lightning_base.report.fairness import Arm, Comparison
@@ -50,7 +51,7 @@ def render(name: str, title: str, caption: str, figure: Figure) -> Picture:
     svg, png = BytesIO(), BytesIO()
     figure.savefig(svg, format="svg", metadata={"Date": None})
     figure.savefig(png, format="png", dpi=130)
-    return Picture(name, title, caption, svg.getvalue(), png.getvalue())
+    return Picture(name, title, caption, float(figure.get_figwidth()), svg.getvalue(), png.getvalue())
 
 
 def flops_until(run: Run, steps: np.ndarray) -> np.ndarray:
@@ -74,7 +75,8 @@ def loss_curves(arms: Sequence[Arm], labels: Sequence[str], looks: Sequence[Styl
         "flops": "steps x tokens per step x FLOPs per token; dropped tokens are counted as if they had been computed.",
     }
     for key, (axis, title, cost) in axes_x.items():
-        figure = Figure(figsize=(5.4, 4.2), layout="constrained")
+        across = legend_columns(labels)
+        figure = Figure(figsize=(5.4, 4.0 + 0.24 * -(-len(labels) // across)), layout="constrained")
         axes = figure.subplots()
         ends: list[tuple[float, int]] = []
         for i, (arm, look) in enumerate(zip(arms, looks, strict=True)):
@@ -96,19 +98,26 @@ def loss_curves(arms: Sequence[Arm], labels: Sequence[str], looks: Sequence[Styl
         axes.set_xlabel(axis)
         axes.set_ylabel("validation loss [nats per token]")
         axes.set_xlim(left=0)
+        if key == "flops":
+            axes.xaxis.set_major_formatter(EngFormatter())
         # In the order in which the lines end, the highest first.
         handles, names = axes.get_legend_handles_labels()
         order = sorted(range(len(handles)), key=lambda j: -[end for end, _ in ends][j])
-        width = 4 if max(map(len, names)) < 9 else 1 + (max(map(len, names)) < 24)
         figure.legend(
             [handles[j] for j in order],
             [names[j] for j in order],
             loc="outside lower center",
             frameon=False,
-            ncols=width,
+            ncols=across,
         )
         caption = f"Validation loss over {text} against {axis}. {notes[key]}{spread}"
         yield render(f"loss_{key}", title, caption, figure)
+
+
+def legend_columns(labels: Sequence[str]) -> int:
+    """How many labels fit beside each other under a figure."""
+    longest = max(map(len, labels))
+    return 4 if longest < 9 else 2 if longest < 24 else 1
 
 
 def load_bars(arms: Sequence[Arm], labels: Sequence[str], looks: Sequence[Style]) -> Iterator[Picture]:

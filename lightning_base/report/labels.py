@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from lightning_base.report.fairness import Arm, Comparison, execution, router_side
+from lightning_base.report.fairness import Arm, Comparison, execution, router_side, shared_setting
 from lightning_base.report.flat import flatten
 
 
@@ -20,9 +20,12 @@ def arm_labels(arms: Sequence[Arm]) -> list[str]:
 
 
 def shorten(arm: Arm) -> str:
-    """The label that the sweep gave, without the seed: ``switch, capacity_factor=1.0``."""
+    """The label that the sweep gave, without what its table shares: ``switch, capacity_factor=1.0``."""
     parts = [part.strip() for part in arm.first.label.split(",")]
-    kept = [part.removeprefix("router.").removeprefix("router=") for part in parts if not part.startswith("seed=")]
+    # What all arms of a table share is in its title.
+    shared = {"seed", *shared_setting(arm.first)}
+    own = [part for part in parts if part.partition("=")[0] not in shared]
+    kept = [part.removeprefix("router.").removeprefix("router=") for part in own]
     if arm.first.label == arm.first.name or not any(kept):
         # Not from a sweep: the folder is named after all overrides, which say little about the arm.
         return arm.router
@@ -60,6 +63,8 @@ def comparison_titles(comparisons: Sequence[Comparison]) -> list[str]:
 
 def short(value: Any) -> str:
     """A value for a sentence; fingerprints and commits by their first digits."""
+    if isinstance(value, dict):
+        return ", ".join(map(short, value.values()))
     text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
     dirty = "-dirty" if text.endswith("-dirty") else ""
     digits = text.removesuffix("-dirty")

@@ -140,7 +140,7 @@ MEASURES: Sequence[Measure] = (
         "under unigram",
         QUALITY,
         "unigram entropy minus validation loss [nats]; the unigram entropy is the cross-entropy of the validation "
-        "tokens under their frequencies in the training text, so above 0 more was learnt than how frequent each token is",
+        "tokens under their frequencies in the training text: above 0, more was learnt than how frequent each token is",
         under_unigram,
         number(3),
     ),

@@ -55,7 +55,7 @@ BODY = """\
 </thead>
 <tbody>
 {% for row in table.rows %}
-<tr{% if loop.index0 and row[0] != table.rows[loop.index0 - 1][0] %} class="next"{% endif %}>\
+<tr{% if table.columns[1].words and row[0] != table.rows[loop.index0 - 1][0] %} class="next"{% endif %}>\
 <th scope="row">{{ row[0] }}</th>{% set line = loop.index0 %}\
 {% for text in row[1:] %}<td{% if (line, loop.index) in table.strong %} class="best"\
 {% elif table.columns[loop.index].words %} class="words"{% endif %}>{{ text }}</td>\
@@ -69,10 +69,12 @@ BODY = """\
 <h3>Figures</h3>
 <div class="figures">
 {% for picture in drawn %}
-<figure{% if picture.name.startswith("load") %} class="wide"{% endif %}>
+<figure{% if "load" in picture.name %} class="wide"{% endif %}>
 <h4>{{ picture.title }}</h4>
 <div class="scroll" tabindex="0" role="region" aria-label="{{ picture.title }}">\
-<img alt="{{ picture.title }}: {{ picture.caption }}" src="data:image/svg+xml;base64,{{ encoded(picture.svg) }}"></div>
+<img \
+style="max-width:{{ (picture.width * 6.5)|round(1) }}rem" \
+alt="{{ picture.title }}: {{ picture.caption }}" src="data:image/svg+xml;base64,{{ encoded(picture.svg) }}"></div>
 <figcaption>{{ picture.caption }}</figcaption>
 </figure>
 {% endfor %}

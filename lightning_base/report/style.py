@@ -24,14 +24,14 @@ h4 { margin: .8rem 0 .3rem; font-size: 1rem; }
   background: var(--warn-paper); border-left: 4px solid currentColor; }
 .apart p { margin: 0 0 .3rem; font-weight: 600; }
 .scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .86rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .4rem .55rem; text-align: right; white-space: nowrap; }
-thead th { vertical-align: bottom; font-weight: 600; white-space: normal; min-width: 3.8rem; }
+table { border-collapse: collapse; font-size: .84rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .4rem .45rem; text-align: right; white-space: nowrap; }
+thead th { vertical-align: bottom; font-weight: 600; white-space: normal; min-width: 2.2rem; }
 thead tr:last-child th { border-bottom: 2px solid var(--ink); }
 tr.groups th { text-align: left; color: var(--soft); font-weight: 500; font-size: .8rem; padding-bottom: 0; }
 tr.groups th:not(:empty) { border-bottom: 1px solid var(--line); }
 tbody tr { border-bottom: 1px solid var(--line); }
-tbody tr.next { border-top: 2px solid var(--soft); }
+tbody tr.next:not(:first-child) { border-top: 2px solid var(--soft); }
 tbody tr:nth-child(even) { background: var(--band); }
 th:first-child { text-align: left; position: sticky; left: 0; background: var(--paper); }
 tbody tr:nth-child(even) th:first-child { background: var(--band); }
@@ -41,9 +41,9 @@ td.best { font-weight: 700; color: var(--accent); }
 .figures { display: grid; gap: 1.5rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)); }
 figure { margin: 0; min-width: 0; }
 figure.wide { grid-column: 1 / -1; }
-figure.wide img { min-width: 30rem; }
+figure.wide img { min-width: 24rem; }
 figure .scroll { background: #fff; border: 1px solid var(--line); border-radius: 8px; padding: .4rem; }
-figure img { display: block; width: 100%; min-width: 20rem; max-width: 54rem; height: auto; margin: 0 auto; }
+figure img { display: block; width: 100%; min-width: 20rem; height: auto; margin: 0 auto; }
 figcaption { margin-top: .5rem; color: var(--soft); font-size: .9rem; max-width: 60rem; }
 .facts { display: grid; gap: .2rem 1.5rem; margin: 0;
   grid-template-columns: repeat(auto-fill, minmax(min(100%, 17rem), 1fr)); font-size: .9rem; }

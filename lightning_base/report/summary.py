@@ -31,6 +31,8 @@ def summarize(comparison: Comparison, labels: Sequence[str]) -> list[str]:
     return sentences
 
 
+# More names than these make a sentence unreadable.
+MOST_NAMED = 4
 Ranked = list[tuple[float, str, Arm]]
 
 
@@ -58,10 +60,10 @@ def where_base_stands(ranked: Ranked) -> list[str]:
     loss, label, arm = mine[0]
     sentences = []
     if others:
-        above = [f"{name} by {loss - other:.4f}" for other, name, _ in others if other < loss]
-        below = [f"{name} by {other - loss:.4f}" for other, name, _ in others if other > loss]
+        above = [(loss - other, name) for other, name, _ in others if other < loss]
+        below = [(other - loss, name) for other, name, _ in others if other > loss]
         equal = [name for other, name, _ in others if other == loss]
-        parts = [f"loses to {listed(above)}"] * bool(above) + [f"beats {listed(below)}"] * bool(below)
+        parts = [f"loses to {by_margin(above)}"] * bool(above) + [f"beats {by_margin(below)}"] * bool(below)
         parts += [f"equals {listed(equal)}"] * bool(equal)
         which = "" if len(mine) == 1 else f" (the best of its {len(mine)} arms, {label})"
         place = 1 + sum(other < loss for other, _, _ in ranked)
@@ -105,7 +107,14 @@ def trained_balance(comparison: Comparison, labels: Sequence[str]) -> list[str]:
     if not even and not uneven:
         return []
     parts = [f"exactly even in {listed([label for _, label in even])}"] * bool(even)
-    parts += [f"up to {value:.2f} above even in {label}" for value, label in sorted(uneven)]
+    uneven.sort()
+    if len(uneven) <= MOST_NAMED:
+        parts += [f"up to {value:.2f} above even in {label}" for value, label in uneven]
+    else:
+        parts.append(
+            f"up to {uneven[0][0]:.2f} ({uneven[0][1]}) to {uneven[-1][0]:.2f} ({uneven[-1][1]}) above even in the "
+            f"{len(uneven)} others"
+        )
     return [
         f"The fullest expert in training (max_vio of the load in a routing group, worst logged step): {listed(parts)}."
     ]
@@ -153,6 +162,13 @@ def cautions(comparison: Comparison, labels: Sequence[str]) -> list[str]:
     elif str(commit).endswith("-dirty"):
         found.append("The code had uncommitted changes: that all arms ran the same code is not certain.")
     return found
+
+
+def by_margin(margins: Sequence[tuple[float, str]]) -> str:
+    """Names with their margins; of many, only how many and between which margins."""
+    if len(margins) <= MOST_NAMED:
+        return listed([f"{name} by {margin:.4f}" for margin, name in margins])
+    return f"{len(margins)} arms by {min(margins)[0]:.4f} to {max(margins)[0]:.4f}"
 
 
 def listed(items: Sequence[str]) -> str:
