@@ -62,7 +62,7 @@ def flops_until(run: Run, steps: np.ndarray) -> np.ndarray:
 def loss_curves(arms: Sequence[Arm], labels: Sequence[str], looks: Sequence[Style]) -> Iterator[Picture]:
     """Validation loss against steps, training time and FLOPs."""
     sequences = arms[0].first.config.get("data", {}).get("validation_sequences")
-    text = f"the first {sequences} sequences of the validation text" if sequences else "the validation text"
+    text = f"{sequences} sequences spread evenly over the validation text" if sequences else "the validation text"
     spread = " Lines are means over seeds, bands reach from the lowest to the highest." if len(arms[0].runs) > 1 else ""
     axes_x: dict[str, tuple[str, str, Callable[[Run, np.ndarray, np.ndarray], np.ndarray]]] = {
         "steps": ("optimizer steps", "Learning per token", lambda run, steps, seconds: steps),
@@ -110,7 +110,7 @@ def loss_curves(arms: Sequence[Arm], labels: Sequence[str], looks: Sequence[Styl
             frameon=False,
             ncols=across,
         )
-        caption = f"Validation loss over {text} against {axis}. {notes[key]}{spread}"
+        caption = f"Validation loss over {text} (the table has all of it) against {axis}. {notes[key]}{spread}"
         yield render(f"loss_{key}", title, caption, figure)
 
 

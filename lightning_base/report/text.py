@@ -30,7 +30,7 @@ def markdown_section(section: Section, drawn: Sequence[Picture], folder: str, se
     lines = [f"## {escape(section.title)}", ""] if several else []
     if section.apart:
         lines += ["Not comparable with the first table:", "", *(f"- {escape(line)}" for line in section.apart), ""]
-    lines += [escape(" ".join(section.summary)), ""]
+    lines += [f"**{escape(section.summary[0])}**", "", *(f"- {escape(line)}" for line in section.summary[1:]), ""]
     lines += [line for text in section.cautions for line in (f"> **{escape(text)}**", "")]
     for table in section.tables:
         lines += [f"### {escape(table.title)}", "", *markdown_table(table), ""]
