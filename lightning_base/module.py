@@ -101,6 +101,7 @@ class LanguageModel(pl.LightningModule):
         self.plans: dict[str, RoutingPlan] = {}
         self.last_checkpoint: str | None = None
         self._step_sums: dict[str, Tensor] = {}
+        self._router_sums: dict[str, dict[str, Tensor]] = {}
 
     def setup(self, stage: str) -> None:
         """Takes the bytes of each token from the data, if the data knows them, for bits per byte."""
@@ -127,6 +128,10 @@ class LanguageModel(pl.LightningModule):
         nll = F.cross_entropy(
             logits.flatten(0, 1).float(), batch["targets"].flatten(), ignore_index=IGNORED, reduction="sum"
         )
+        for layer, plan in self.plans.items():
+            sums = self._router_sums.setdefault(layer, {})
+            for name, value in self.model.sparse_layers[layer].router.step_sums(plan).items():
+                sums[name] = sums[name] + value if name in sums else value
         parts = self.trainer.world_size * self.trainer.accumulate_grad_batches
         share = nll / batch["step_targets"].reshape(-1)[0]
         loss = share * parts
@@ -203,6 +208,11 @@ class LanguageModel(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        # Here and not at the end of the batch, where callbacks come first: a checkpoint has to hold the routers' state.
+        for layer, sums in self._router_sums.items():
+            reduced = {name: self.trainer.strategy.reduce(value, reduce_op="sum") for name, value in sums.items()}
+            self.model.sparse_layers[layer].router.end_step(reduced)
+        self._router_sums = {}
         gradients = [p.grad for p in self.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         self.log("train/gradient_norm", norm)

@@ -1,5 +1,6 @@
 """One job's directory: its status, its manifest, and how both are written so that a crash leaves a whole file."""
 
+import hashlib
 import json
 import os
 import socket
@@ -46,12 +47,19 @@ class RunDirectory:
         assert state in STATES, state
         now = time.time()
         started = now if state == "running" else self.status().get("started", now)
+        if state == "done":
+            more["manifest_sha256"] = self.seal()
         base = {"state": state, "started": started, "updated": now, "seconds": round(now - started, 1)}
         write_json(self.path / "status.json", {**base, "pid": os.getpid(), "host": socket.gethostname(), **more})
 
     def write_manifest(self, **fields: Any) -> None:
         """Adds fields to manifest.json."""
         write_json(self.path / "manifest.json", {**self.manifest(), **fields})
+
+    def seal(self) -> str | None:
+        """SHA-256 of manifest.json; status.json keeps it, so that a later change by hand shows."""
+        path = self.path / "manifest.json"
+        return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else None
 
     def is_alive(self) -> bool:
         """Whether the process that wrote a ``running`` status on this machine is still there."""

@@ -20,6 +20,7 @@ from pytorch_lightning.loggers import Logger, TensorBoardLogger
 from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 
 from lightning_base import checkpoint
+from lightning_base.callbacks.assignment import AssignmentMonitor
 from lightning_base.callbacks.certificate import BatchFingerprint, Certificate
 from lightning_base.callbacks.clock import TrainingClock
 from lightning_base.callbacks.expert_load import ExpertLoadLogger
@@ -65,6 +66,7 @@ def run(config: Config, directory: Path) -> Result:
     if config.logger.tensorboard:
         loggers.insert(0, TensorBoardLogger(directory, name="", version="tensorboard", default_hp_metric=False))
     callbacks: list[pl.Callback] = [clock, fingerprint, load, Certificate(job, plain)]
+    callbacks.append(AssignmentMonitor(every))
     if config.trainer.progress_bar:
         callbacks.append(ArmProgressBar(job))
     # Last, so that a checkpoint holds what the others have counted up to this step.

@@ -1,7 +1,7 @@
 """Holds a manifest against the other files of its run, which say the same things in other words.
 
-Nobody signs a manifest. But a number changed in it alone no longer agrees with the configuration, the metrics and the
-counts that were written while the run went on, and a run whose files contradict each other is not reported.
+A manifest is sealed by its SHA-256 in status.json, and whoever reseals it has not yet changed the configuration, the
+metrics and the counts that were written while the run went on: a run whose files contradict each other is not reported.
 """
 
 import math
@@ -11,6 +11,7 @@ from typing import Any
 
 from lightning_base.report.flat import flatten
 from lightning_base.report.read import Run
+from lightning_base.run_directory import RunDirectory
 
 FINGERPRINTS = {"corpus_fingerprint": 64, "batch_fingerprint": 32, "initial_weights_fingerprint": 64}
 COUNTS = ("steps", "sequences", "tokens", "assignments", "assignments_dropped", "world_size")
@@ -25,6 +26,7 @@ def problems(run: Run) -> list[str]:
     if malformed:
         return malformed
     checks: tuple[Callable[[Run], Iterator[str]], ...] = (
+        check_seal,
         check_config,
         check_ledger,
         check_totals,
@@ -62,6 +64,12 @@ def check_form(manifest: dict[str, Any]) -> Iterator[str]:
         for name, value in {"final/loss": None, **result}.items():
             if not isinstance(value, int | float) or isinstance(value, bool):
                 yield f"result.{name} in manifest.json is not a number: {value!r}"
+
+
+def check_seal(run: Run) -> Iterator[str]:
+    """The manifest is, byte for byte, what it was when the run was done."""
+    if run.status.get("manifest_sha256") != RunDirectory(run.path).seal():
+        yield "manifest.json is not what it was when the run ended: its SHA-256 is not manifest_sha256 in status.json"
 
 
 def check_config(run: Run) -> Iterator[str]:

@@ -51,6 +51,17 @@ class Router(nn.Module):
                 "(data.routing_group x data.sequence_length): use fewer experts or a larger group"
             )
 
+    def step_sums(self, plan: RoutingPlan) -> dict[str, Tensor]:
+        """What a training forward pass adds to the statistics of its optimizer step.
+
+        The module sums them over micro batches and ranks and hands the sums to ``end_step``, so that whatever a router
+        remembers is the same for any world size and accumulation. Recomputation cannot count a pass twice.
+        """
+        return {}
+
+    def end_step(self, sums: dict[str, Tensor]) -> None:
+        """Takes the summed statistics of the optimizer step that ends; state belongs in buffers."""
+
     def forward(self, tokens: Tensor, token_ids: Tensor, groups: RoutingGroups) -> RoutingPlan:
         """Routes T tokens.
 

@@ -6,6 +6,7 @@ at every step; any other router for [8, 4, 2, 2], of which ``Switch`` drops 3 at
 """
 
 import csv
+import hashlib
 import json
 import math
 from copy import deepcopy
@@ -113,6 +114,7 @@ def write_run(
         "result": results,
     }
     write_json(folder / "manifest.json", {**usual, **(manifest or {})})
+    reseal(folder)
     write_counts(folder / "expert_load.csv", steps, training, balanced=router == "BASE")
     write_metrics(folder / "metrics.csv", steps, results, BALANCE[router if router in BALANCE else "other"], without)
     return folder
@@ -183,3 +185,12 @@ def edit(path: Path, key: str, value: Any) -> None:
     else:
         node[last] = value
     write_json(path, content)
+    if path.name == "manifest.json":
+        reseal(path.parent)
+
+
+def reseal(folder: Path) -> None:
+    """Writes the manifest's SHA-256 where a run keeps it: a forger who knows of the seal."""
+    status = json.loads((folder / "status.json").read_text())
+    digest = hashlib.sha256((folder / "manifest.json").read_bytes()).hexdigest()
+    write_json(folder / "status.json", {**status, "manifest_sha256": digest})

@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from hand_made_runs import write_json, write_run
+from hand_made_runs import reseal, write_json, write_run
 
 from lightning_base.report import write_report
 from lightning_base.report.write import main
@@ -172,6 +172,9 @@ def test_a_real_run_with_an_altered_fingerprint_is_kept_out(small_sweep: Path, t
     (path,) = copied.glob("router=switch*/manifest.json")
     manifest = json.loads(path.read_text())
     write_json(path, {**manifest, "batch_fingerprint": manifest["batch_fingerprint"][::-1]})
+    text = Page(write_report(copied).read_text()).text
+    assert "manifest.json is not what it was when the run ended" in text
+    reseal(path.parent)
     text = Page(write_report(copied).read_text()).text
     assert "Not comparable with the first table" in text
     assert "batch_fingerprint: " in text
