@@ -37,7 +37,7 @@ class AssignmentMonitor(pl.Callback):
         # The prices the step starts from: at its end the router has moved on.
         layers = pl_module.model.sparse_layers.items()
         buffers = {name: getattr(layer.router, "prices", None) for name, layer in layers}
-        self._prices = {name: buffer.clone() for name, buffer in buffers.items() if isinstance(buffer, Tensor)}
+        self._prices = {name: buffer.double().clone() for name, buffer in buffers.items() if isinstance(buffer, Tensor)}
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int

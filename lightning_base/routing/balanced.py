@@ -59,7 +59,10 @@ class BASE(Router):
         aux = {"scores": detached_TE}
         if self.training or self.evaluation_mode == "balanced":
             expert_index, aux["group_prices"], aux["solve_seconds"] = balanced_by_group(
-                detached_TE, groups, self.solver, self.prices
+                detached_TE,
+                groups,
+                self.solver,
+                self.prices.double(),  # a model in half precision has halved them too
             )
         else:
             expert_index = detached_TE.argmax(-1)

@@ -1,0 +1,104 @@
+"""Options of a run that should change its cost but not its numbers, or that only have to work, in the real program."""
+
+import json
+from pathlib import Path
+
+import program
+import pytest
+
+STEPS = ("trainer.max_steps=4", "trainer.log_every_n_steps=1", "trainer.validate_every_n_steps=4")
+# Documents of their own length: padding in training and evaluation, and nobody sees another document.
+PADDED = ("data.packing=documents", "data.attend_across_documents=false")
+
+
+def losses(directory: Path, *names: str) -> list[float]:
+    return [value for name in names for _, value in program.series(directory, name)]
+
+
+@pytest.fixture(scope="module")
+def padded(small_corpus: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Path]]:
+    """BASE and top-k on padded documents: plain, on two ranks, and with activation checkpointing."""
+    folder = tmp_path_factory.mktemp("padded")
+    # Paragraphs of the corpus, one document each: most are shorter than a sequence.
+    (corpus,) = (option for option in small_corpus if option.startswith("data.corpus.files="))
+    paragraphs = [
+        paragraph
+        for path in sorted(Path(corpus.partition("=")[2]).parent.glob("*.txt"))
+        for paragraph in path.read_text().split("\n\n")
+    ]
+    rows = [json.dumps({"text": paragraph}) for paragraph in paragraphs if paragraph.strip()]
+    (folder / "paragraphs.jsonl").write_text("\n".join(rows))
+    short = f"data.corpus.files={folder}/paragraphs.jsonl"
+    settings = {
+        "plain": (),
+        "two_ranks": ("strategy=ddp", "trainer.devices=2"),
+        "checkpointing": ("module.activation_checkpointing=true", "trainer.accumulate_grad_batches=2"),
+    }
+    found = {}
+    for name, overrides in settings.items():
+        done = program.train(
+            "-m",
+            *small_corpus,
+            *STEPS,
+            *PADDED,
+            short,
+            "router=base,top_k",
+            *overrides,
+            f"runs_dir={folder}",
+            f"name={name}",
+        )
+        assert done.returncode == 0, done.stderr
+        jobs = program.jobs(folder, name)
+        found[name] = {
+            arm: next(path for job, path in jobs.items() if f"router={arm}," in job) for arm in ("base", "top_k")
+        }
+    return found
+
+
+@pytest.mark.parametrize("arm", ["base", "top_k"])
+@pytest.mark.parametrize("setting", ["two_ranks", "checkpointing"])
+def test_padded_batches_give_the_same_numbers_however_they_are_cut(
+    padded: dict[str, dict[str, Path]], arm: str, setting: str
+) -> None:
+    plain, other = padded["plain"][arm], padded[setting][arm]
+    names = ("train/loss", "validation/loss", "final/loss")
+    assert losses(other, *names) == pytest.approx(losses(plain, *names), rel=2e-5)
+    manifests = [program.read(path / "manifest.json") for path in (plain, other)]
+    # Recomputation, padding and ranks all could count an assignment twice.
+    for field in ("batch_fingerprint", "tokens", "assignments", "assignments_dropped"):
+        assert manifests[0][field] == manifests[1][field], field
+
+
+def test_padding_is_no_load(padded: dict[str, dict[str, Path]]) -> None:
+    manifest = program.read(padded["plain"]["top_k"] / "manifest.json")
+    assert manifest["tokens"] < 4 * 16 * 32, "some of the 4 steps of 16 sequences of 32 positions is padding"
+    assert manifest["assignments"] == 2 * manifest["tokens"]
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("trainer.precision=bf16-mixed", "router=base"),
+        ("trainer.precision=bf16-mixed", "router=switch", "router.capacity_factor=0.5"),
+        ("model=paper", "router=base"),
+        ("model.placement=insert", "model.sparse_layers=[0,2]", "model.positions=learned", "router=top_k"),
+        ("logger=csv", "data.num_workers=2", "module.schedule=linear", "router=uniform"),
+    ],
+    ids=[
+        "bf16 base",
+        "bf16 switch that drops",
+        "the paper's placement",
+        "inserted layers",
+        "workers and no tensorboard",
+    ],
+)
+def test_a_run_with_other_options_ends_with_finite_losses(
+    overrides: tuple[str, ...], small_corpus: list[str], tmp_path: Path
+) -> None:
+    done = program.train(*small_corpus, *STEPS, *overrides, f"runs_dir={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    path = program.only_job(tmp_path)
+    found = losses(path, "train/loss", "final/loss")
+    assert len(found) == 5
+    assert all(0 < loss < 8 for loss in found)
+    assert (path / "tensorboard").exists() == ("logger=csv" not in overrides)
