@@ -84,8 +84,8 @@ def run(config: Config, directory: Path) -> Result:
         metrics.update(values)
     metrics.pop("step", None)
     batch_fingerprint, sequences = fingerprint.combined()
-    totals = trainer.strategy.reduce(torch.tensor(list(load.totals.values()), dtype=torch.float64), reduce_op="sum")
-    tokens, assignments, dropped = (int(total) for total in totals)
+    counted = torch.tensor(list(load.totals.values()), dtype=torch.float64, device=trainer.strategy.root_device)
+    tokens, assignments, dropped = (int(total) for total in trainer.strategy.reduce(counted, reduce_op="sum"))
     if trainer.is_global_zero:
         hyperparameters = {"router": router_name(config), "seed": config.seed, **flat_router(config)}
         for logger in loggers:
