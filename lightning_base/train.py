@@ -87,10 +87,11 @@ def run(config: Config, directory: Path) -> Result:
     counted = torch.tensor(list(load.totals.values()), dtype=torch.float64, device=trainer.strategy.root_device)
     tokens, assignments, dropped = (int(total) for total in trainer.strategy.reduce(counted, reduce_op="sum"))
     if trainer.is_global_zero:
-        hyperparameters = {"router": router_name(config), "seed": config.seed, **flat_router(config)}
+        # The same keys for every router: TensorBoard's HParams page drops what is not common to all runs.
+        shared = {f"hp/{name}": value for name, value in metrics.items() if name.startswith("final/")}
         for logger in loggers:
             if isinstance(logger, TensorBoardLogger):
-                logger.log_hyperparams(hyperparameters, {f"hp/{k}": v for k, v in metrics.items()})
+                logger.log_hyperparams(hyperparameters(config), shared)
         job.write_manifest(
             batch_fingerprint=batch_fingerprint,
             steps=trainer.global_step,
@@ -188,14 +189,19 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def router_name(config: Config) -> str:
-    """The router's class, as the ledger names it."""
-    return str(config.router["_target_"]).rpartition(".")[2]
-
-
-def flat_router(config: Config) -> dict[str, Any]:
-    """The router's options with plain keys, as TensorBoard's HParams page wants them."""
-    return {f"router.{key}": str(value) for key, value in config.router.items() if key != "_target_"}
+def hyperparameters(config: Config) -> dict[str, Any]:
+    """What tells runs apart, under keys that every router has."""
+    router = config.build_router()
+    own = {k: v for k, v in config.router.items() if k not in ("_target_", "num_experts", "top_k")}
+    return {
+        "router": type(router).__name__,
+        "num_experts": router.num_experts,
+        "top_k": router.top_k,
+        "options": ", ".join(f"{key}={value}" for key, value in own.items()),
+        "seed": config.seed,
+        "max_steps": config.trainer.max_steps,
+        "learning_rate": config.module.learning_rate,
+    }
 
 
 def quiet() -> None:
