@@ -6,7 +6,7 @@ import os
 def main() -> None:
     """Imports late: OpenMP reads its settings when torch is loaded."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    from lightning_base.jobs import main
+    from lightning_base.program import main
 
     main()
 

@@ -6,6 +6,9 @@ from hydra.errors import ConfigCompositionException, HydraException, MissingConf
 
 from lightning_base.instantiation import ConfigError, did_you_mean
 
+# The exit code of whatever is wrong with the input, before anything is spent.
+BAD_INPUT = 2
+
 
 def explain(error: Exception) -> str:
     """The mistake in one line: the key, what was given, what would do."""

@@ -1,69 +1,23 @@
-"""From a composed configuration to finished jobs: check everything, launch, and say how each job ended.
+"""One job: from a composed configuration to a process tree that has ended, and a status that says how.
 
-Nothing here runs on a rank. A sweep is checked whole before its first job starts, and a job that dies takes no other
-with it.
+Nothing here runs on a rank.
 """
 
 import os
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
-from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
-from lightning_base.config import Config, check_devices, job_name, read_config
-from lightning_base.explain import explain
+from lightning_base.config import Config, check_devices, read_config
 from lightning_base.instantiation import ConfigError
-from lightning_base.run_directory import RunDirectory, read_json, write_json
+from lightning_base.run_directory import RunDirectory, read_json
 
-CONF = Path(__file__).resolve().parent.parent / "conf"
-BAD_INPUT = 2
 RANK_ENTRY = "lightning_base.train"
-
-OmegaConf.register_new_resolver("job_name", job_name, replace=True)
-
-
-def main() -> None:
-    """The program behind ``experiments/train.py``: exits 0 if every job is done, 2 for bad input, 1 for failed jobs."""
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach this function, which has a sentence for each
-    sweep: list[RunDirectory] = []
-    mistakes: list[Exception] = []
-
-    @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
-    def task(config: DictConfig) -> str | None:
-        try:
-            return job(config)
-        except (ConfigError, OmegaConfBaseException) as error:
-            mistakes.append(error)  # raised here, Hydra would write lines of its own about it
-            return None
-
-    CheckSweep.expected = sweep
-    STARTED.clear()
-    try:
-        task()
-        if mistakes:
-            raise mistakes[0]
-    except (ConfigError, HydraException, OmegaConfBaseException) as error:
-        print(f"error: {explain(error)}", file=sys.stderr)
-        sys.exit(BAD_INPUT)
-    except OSError as error:
-        # Hydra makes the directories; what goes wrong later on has been written to a status.json.
-        print(f"error: the run directory cannot be used: {error}", file=sys.stderr)
-        sys.exit(BAD_INPUT)
-    except KeyboardInterrupt:
-        print("interrupted; what is done stays done, and the same command goes on from there", file=sys.stderr)
-        sys.exit(130)
-    sys.exit(summarize(sweep or STARTED))
-
 
 # The jobs this process has taken on, for the summary of a run without a sweep.
 STARTED: list[RunDirectory] = []
@@ -264,89 +218,6 @@ def plain_config(composed: DictConfig) -> dict[str, Any]:
     container = OmegaConf.to_container(copied, resolve=True)
     assert isinstance(container, dict)
     return {str(key): value for key, value in container.items()}
-
-
-class CheckSweep(Callback):
-    """A Hydra callback: checks all jobs of a sweep before the first one starts, and notes them in sweep.json."""
-
-    expected: list[RunDirectory] | None = None
-
-    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        # Hydra turns exceptions of callbacks into warnings; only an exit gets through.
-        try:
-            self._check(config)
-        except (ConfigError, HydraException, OmegaConfBaseException) as error:
-            print(f"error: {explain(error)}", file=sys.stderr)
-            sys.exit(BAD_INPUT)
-
-    def _check(self, config: DictConfig) -> None:
-        from hydra.core.global_hydra import GlobalHydra
-
-        loader = GlobalHydra.instance().config_loader()
-        sweep = Path(config.hydra.sweep.dir)
-        jobs: list[RunDirectory] = []
-        corpora: list[Config] = []
-        combinations = expand(config)
-        for overrides in combinations:
-            composed = loader.load_sweep_config(config, list(overrides))
-            HydraConfig.instance().set_config(composed)
-            subdirectory = str(composed.hydra.sweep.subdir)
-            plain = plain_config(composed)
-            checked = read_config(plain)
-            check_devices(checked.trainer)
-            check_nodes(checked)
-            run = RunDirectory(sweep / subdirectory)
-            if node_rank(checked) == 0:
-                check_run_directory(run, plain)
-            if run in jobs:
-                raise ConfigError(f"two jobs of the sweep would share {shown(run.path)}: let hydra.sweep.subdir differ")
-            jobs.append(run)
-            if all(checked.data != other.data for other in corpora):
-                corpora.append(checked)
-        for checked in corpora:
-            prepare_data(checked)
-        labels = job_labels(combinations)
-        write_json(
-            sweep / "sweep.json", {"jobs": {run.path.name: label for run, label in zip(jobs, labels, strict=True)}}
-        )
-        if CheckSweep.expected is not None:
-            CheckSweep.expected[:] = jobs
-
-
-def expand(config: DictConfig) -> Sequence[Sequence[str]]:
-    """The overrides of every job of a sweep, as Hydra's basic sweeper will make them."""
-    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-
-    parameters = OmegaConf.select(config, "hydra.sweeper.params") or {}
-    written = [f"{key}={value}" for key, value in parameters.items()] + list(config.hydra.overrides.task)
-    parsed = OverridesParser.create().parse_overrides(written)
-    return [overrides for batch in BasicSweeper.split_arguments(parsed, None) for overrides in batch]
-
-
-def job_labels(combinations: Sequence[Sequence[str]]) -> list[str]:
-    """What tells the jobs of a sweep apart: the overrides that are not common to all of them."""
-    common = set.intersection(*(set(overrides) for overrides in combinations)) if len(combinations) > 1 else set()
-    distinct = [[override for override in overrides if override not in common] for overrides in combinations]
-    return [", ".join(override.removeprefix("router=") for override in overrides) for overrides in distinct]
-
-
-def summarize(jobs: Sequence[RunDirectory]) -> int:
-    """Says how each job ended; gives the exit code of the command."""
-    if not jobs:
-        return 0
-    states = [{"state": ENDED_HERE[run]} if run in ENDED_HERE else run.status() for run in jobs]
-    bad = [(run, status) for run, status in zip(jobs, states, strict=True) if status.get("state") != "done"]
-    if len(jobs) > 1 or bad:
-        say(f"{len(jobs) - len(bad)} of {len(jobs)} jobs done")
-    for run, status in bad:
-        say(f"  {status.get('state', 'not started')}: {shown(run.path)}  {status.get('error', '')}")
-    if bad and all(status.get("state") == "preempted" for _, status in bad):
-        return 128 + 15
-    if bad:
-        return 1
-    where = jobs[0].path.parent if len(jobs) > 1 else jobs[0].path
-    say(f"results are in {shown(where)}")
-    return 0
 
 
 def shown(path: Path) -> str:

@@ -1,0 +1,75 @@
+"""The program behind ``experiments/train.py``: Hydra in front, exit codes behind."""
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import hydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from lightning_base.config import job_name
+from lightning_base.distributed.launch import PREEMPTED
+from lightning_base.explain import BAD_INPUT, explain
+from lightning_base.instantiation import ConfigError
+from lightning_base.jobs import ENDED_HERE, STARTED, job, say, shown
+from lightning_base.run_directory import RunDirectory
+from lightning_base.sweep import CheckSweep
+
+CONF = Path(__file__).resolve().parent.parent / "conf"
+
+OmegaConf.register_new_resolver("job_name", job_name, replace=True)
+
+
+def main() -> None:
+    """Runs a job or a sweep: exits 0 if every job is done, 2 for bad input, 1 for failed jobs."""
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach this function, which has a sentence for each
+    sweep: list[RunDirectory] = []
+    mistakes: list[Exception] = []
+
+    @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
+    def task(config: DictConfig) -> str | None:
+        try:
+            return job(config)
+        except (ConfigError, OmegaConfBaseException) as error:
+            mistakes.append(error)  # raised here, Hydra would write lines of its own about it
+            return None
+
+    CheckSweep.expected = sweep
+    STARTED.clear()
+    try:
+        task()
+        if mistakes:
+            raise mistakes[0]
+    except (ConfigError, HydraException, OmegaConfBaseException) as error:
+        print(f"error: {explain(error)}", file=sys.stderr)
+        sys.exit(BAD_INPUT)
+    except OSError as error:
+        # Hydra makes the directories; what goes wrong later on has been written to a status.json.
+        print(f"error: the run directory cannot be used: {error}", file=sys.stderr)
+        sys.exit(BAD_INPUT)
+    except KeyboardInterrupt:
+        print("interrupted; what is done stays done, and the same command goes on from there", file=sys.stderr)
+        sys.exit(130)
+    sys.exit(summarize(sweep or STARTED))
+
+
+def summarize(jobs: Sequence[RunDirectory]) -> int:
+    """Says how each job ended; gives the exit code of the command."""
+    if not jobs:
+        return 0
+    states = [{"state": ENDED_HERE[run]} if run in ENDED_HERE else run.status() for run in jobs]
+    bad = [(run, status) for run, status in zip(jobs, states, strict=True) if status.get("state") != "done"]
+    if len(jobs) > 1 or bad:
+        say(f"{len(jobs) - len(bad)} of {len(jobs)} jobs done")
+    for run, status in bad:
+        say(f"  {status.get('state', 'not started')}: {shown(run.path)}  {status.get('error', '')}")
+    if bad and all(status.get("state") == "preempted" for _, status in bad):
+        return PREEMPTED
+    if bad:
+        return 1
+    where = jobs[0].path.parent if len(jobs) > 1 else jobs[0].path
+    say(f"results are in {shown(where)}")
+    return 0
