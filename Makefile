@@ -28,8 +28,9 @@ setup: $(VENV)/installed  ## Makes .venv from constraints.txt
 
 .PHONY: experiment
 experiment: setup  ## EXPERIMENT=name ARGS="key=value ..." FRESH=1 to start over: runs conf/experiment/name.yaml
-	@$(if $(FRESH),rm -rf "$(RUNS)/$(EXPERIMENT)")
-	@$(BIN)/python experiments/train.py experiment=$(EXPERIMENT) runs_dir=$(RUNS) $(ARGS); code=$$?; \
+	@$(if $(EXPERIMENT),,echo "error: say which: make experiment EXPERIMENT=compare" && exit 2)
+	@$(if $(filter 1,$(FRESH)),rm -rf "$(RUNS)/$(EXPERIMENT)")
+	@$(BIN)/python experiments/train.py experiment=$(EXPERIMENT) name=$(EXPERIMENT) "runs_dir=$(RUNS)" $(ARGS); code=$$?; \
 	if [ $$code -ne 2 ] && [ $$code -ne 130 ] && [ -d "$(RUNS)/$(EXPERIMENT)" ]; then \
 		$(BIN)/python experiments/report.py "$(RUNS)/$(EXPERIMENT)" || [ $$code -ne 0 ] || code=$$?; \
 	fi; exit $$code

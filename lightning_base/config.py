@@ -205,10 +205,18 @@ def _check_across(config: Config) -> None:
 
     router = config.build_router()
     router.check_group(config.data.routing_group * config.data.sequence_length)
+    if config.model.width % 8:
+        raise ConfigError(f"model.width={config.model.width} is no multiple of 8, which the grouped matmul needs")
     if config.model.split_width and config.model.ffn_width % router.top_k:
         raise ConfigError(
             f"model.ffn_width={config.model.ffn_width} cannot be split over router.top_k={router.top_k} experts "
             "(model.split_width=true): choose a multiple"
+        )
+    hidden_width = config.model.ffn_width // (router.top_k if config.model.split_width else 1)
+    if hidden_width % 8:
+        raise ConfigError(
+            f"model.ffn_width={config.model.ffn_width} makes experts of width {hidden_width}, and the grouped matmul "
+            "needs a multiple of 8: choose another width"
         )
     for name in config.module.loss_coefficients:
         # Arms of one sweep share this setting, so a loss that only another router has is no mistake; a misspelt one is.

@@ -82,11 +82,13 @@ def run_tree(run: RunDirectory, config: Config, *, own_process: bool) -> str:
     # Imported late: Hydra's tab completion and --help need not wait for torch.
     from lightning_base.distributed.launch import PREEMPTED, command, launch
 
-    interrupted = False
+    interrupted = terminated = False
     try:
         if own_process:
             trainer = config.trainer
-            code = launch(command(run.path, devices=trainer.devices, num_nodes=trainer.num_nodes, entry=RANK_ENTRY))
+            code, terminated = launch(
+                command(run.path, devices=trainer.devices, num_nodes=trainer.num_nodes, entry=RANK_ENTRY)
+            )
         else:
             code = run_here(run)
     except KeyboardInterrupt:
@@ -99,6 +101,10 @@ def run_tree(run: RunDirectory, config: Config, *, own_process: bool) -> str:
     elif code == 0:
         run.write_status("done")
         state = "done"
+    elif terminated and state != "preempted":
+        # Asked to stop before or after the training loop: nothing went wrong, and the same command goes on.
+        run.write_status("preempted")
+        state = "preempted"
     elif state != "preempted":
         failure = first_failure(run)
         run.write_status("failed", exit_code=code, **failure)
@@ -106,7 +112,7 @@ def run_tree(run: RunDirectory, config: Config, *, own_process: bool) -> str:
         state = "failed"
     if interrupted:
         raise KeyboardInterrupt
-    if state == "preempted":
+    if terminated or state == "preempted":
         # Whoever preempts one job of a sweep wants the machine: the next one is not started.
         sys.exit(PREEMPTED)
     return str(state)

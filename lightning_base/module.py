@@ -215,6 +215,9 @@ class LanguageModel(pl.LightningModule):
         self._router_sums = {}
         gradients = [p.grad for p in self.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
+        if not bool(torch.isfinite(norm)) and self.trainer.precision != "16-mixed":
+            # Before the weights take it up and are saved; with 16-mixed the scaler skips such a step by itself.
+            raise NonFiniteError(self._not_finite("The gradient", "in the backward pass, with a finite loss"))
         self.log("train/gradient_norm", norm)
 
     def _learning_rate_factor(self, step: int) -> float:
@@ -286,10 +289,13 @@ class LanguageModel(pl.LightningModule):
                 return
             broken = [bad[0].removeprefix("blocks.")]
         where = f"first in {broken[0]}" if broken else "in the loss itself, with every layer finite"
-        saved = (
-            f"the last good checkpoint is {self.last_checkpoint}" if self.last_checkpoint else "nothing was saved yet"
-        )
-        raise NonFiniteError(
-            f"The loss is not finite at step {self.global_step + 1}, {where}; {saved}. "
+        raise NonFiniteError(self._not_finite("The loss", where)) from cause
+
+    def _not_finite(self, what: str, where: str) -> str:
+        """The sentence of a failure: the step, the place, and what there is to go back to."""
+        last = self.last_checkpoint
+        saved = f"the last good checkpoint is {last}" if last else "no checkpoint was saved yet"
+        return (
+            f"{what} is not finite at step {self.global_step + 1}, {where}; {saved}. "
             "Lower module.learning_rate, set trainer.gradient_clip_val, or train in 32-true."
-        ) from cause
+        )

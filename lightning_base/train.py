@@ -84,8 +84,7 @@ def run(config: Config, directory: Path) -> Result:
         metrics.update(values)
     metrics.pop("step", None)
     batch_fingerprint, sequences = fingerprint.combined()
-    counted = torch.tensor(list(load.totals.values()), dtype=torch.float64, device=trainer.strategy.root_device)
-    tokens, assignments, dropped = (int(total) for total in trainer.strategy.reduce(counted, reduce_op="sum"))
+    totals = load.combined_totals()
     if trainer.is_global_zero:
         # The same keys for every router: TensorBoard's HParams page drops what is not common to all runs.
         shared = {f"hp/{name}": value for name, value in metrics.items() if name.startswith("final/")}
@@ -96,9 +95,9 @@ def run(config: Config, directory: Path) -> Result:
             batch_fingerprint=batch_fingerprint,
             steps=trainer.global_step,
             sequences=sequences,
-            tokens=tokens,
-            assignments=assignments,
-            assignments_dropped=dropped,
+            tokens=totals["tokens"],
+            assignments=totals["assignments"],
+            assignments_dropped=totals["dropped"],
             training_seconds=round(clock.seconds, 3),
             result=metrics,
         )
@@ -220,7 +219,6 @@ def quiet() -> None:
 
 def main(directory: Path) -> int:
     """One rank of a job; gives the exit code. A failure is written to a file before anything can hang."""
-    die_with_parent()
     quiet()
     job = RunDirectory(directory)
     rank = int(os.environ.get("RANK", 0))
@@ -252,6 +250,7 @@ def write_failure(job: RunDirectory, rank: int, error: BaseException) -> None:
 
 if __name__ == "__main__":
     code = 1
+    die_with_parent()
     try:
         code = main(Path(sys.argv[1]))
     except BaseException:

@@ -25,6 +25,7 @@ CASES = {
     ),
     "k above E": (["router=top_k", "router.top_k=9"], "router.top_k=9 with router.num_experts=8"),
     "a width that k does not divide": (["router=top_k", "router.top_k=3"], "cannot be split over router.top_k=3"),
+    "an expert width that the matmul cannot take": (["model.ffn_width=100"], "model.ffn_width=100 makes experts"),
     "a solver that does not exist": (["router=base", "router.solver=magic"], "router.solver=magic: choose one of"),
     "heads that do not divide the width": (["model.heads=5"], "model.heads=5 is out of range"),
     "a GPU that is not there": (

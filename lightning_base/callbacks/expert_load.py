@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytorch_lightning as pl
 import torch
+import torch.distributed as dist
 from pytorch_lightning.loggers import TensorBoardLogger
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
@@ -123,10 +124,20 @@ class ExpertLoadLogger(pl.Callback):
             )
 
     def state_dict(self) -> dict[str, Any]:
-        return {"totals": dict(self.totals)}
+        # Of all ranks: Lightning builds checkpoints on every rank and keeps the first rank's.
+        return {"totals": self.combined_totals()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.totals = dict(state_dict["totals"])
+        first = not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
+        self.totals = {name: int(total) if first else 0 for name, total in state_dict["totals"].items()}
+
+    def combined_totals(self) -> dict[str, int]:
+        """Tokens, assignments and dropped assignments over all ranks; every rank has to ask."""
+        parts: list[Any] = [self.totals]
+        if dist.is_available() and dist.is_initialized():
+            parts = [None] * dist.get_world_size()
+            dist.all_gather_object(parts, self.totals)
+        return {name: sum(part[name] for part in parts) for name in self.totals}
 
 
 def tensorboard_writer(trainer: pl.Trainer) -> SummaryWriter | None:

@@ -26,6 +26,10 @@ class Preemption(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         signal.signal(signal.SIGTERM, self._request)
 
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # The last step is saved: what is left can be done again, and need not hold up whoever preempts.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
@@ -72,6 +76,8 @@ def save(trainer: pl.Trainer, module: LanguageModel, run: RunDirectory) -> None:
     path = run.checkpoints / f"step_{trainer.global_step}.ckpt"
     if module.last_checkpoint == str(path):
         return
+    if not all(bool(torch.isfinite(parameter).all()) for parameter in module.parameters()):
+        return  # the next step will fail, and name the checkpoint before this one
     trainer.save_checkpoint(path)
     module.last_checkpoint = str(path)
     if trainer.is_global_zero:

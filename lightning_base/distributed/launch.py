@@ -45,15 +45,19 @@ def command(run_directory: Path, *, devices: int, num_nodes: int, entry: str) ->
     return [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={devices}", *where, *ranks]
 
 
-def launch(arguments: list[str]) -> int:
-    """Runs a process tree to its end and gives its exit code; a signal to this process ends the tree first."""
+def launch(arguments: list[str]) -> tuple[int, bool]:
+    """Runs a process tree to its end; a signal to this process ends the tree first.
+
+    Returns:
+        The tree's exit code, and whether this process was asked to stop by SIGTERM meanwhile.
+    """
     child = subprocess.Popen(arguments, start_new_session=True, preexec_fn=die_with_parent, env=_environment())
     try:
-        with _forward_signals(child):
+        with _forward_signals(child) as received:
             code = child.wait()
     finally:
         _end_group(child)
-    return code if code >= 0 else 128 - code
+    return code if code >= 0 else 128 - code, signal.SIGTERM in received
 
 
 def die_with_parent() -> None:
@@ -71,7 +75,7 @@ def _environment() -> dict[str, str]:
 
 
 @contextmanager
-def _forward_signals(child: subprocess.Popen) -> Iterator[None]:
+def _forward_signals(child: subprocess.Popen) -> Iterator[list[int]]:
     """While inside, SIGTERM and SIGINT reach the whole tree, and the second one kills it."""
     received: list[int] = []
 
@@ -87,7 +91,7 @@ def _forward_signals(child: subprocess.Popen) -> Iterator[None]:
     handlers = {signal.SIGTERM: forward, signal.SIGINT: forward, signal.SIGALRM: give_up}
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
-        yield
+        yield received
     finally:
         signal.alarm(0)
         for number, handler in before.items():
