@@ -165,7 +165,7 @@ class Config:
 
     def build_router(self) -> Router:
         """A router of this configuration, with parameters not yet drawn."""
-        router = instantiate(self.router, "router", Router, width=self.model.width)
+        router = instantiate(self.router, "router", Router, width=self.model.width, vocab_size=self.data.vocab_size)
         assert isinstance(router, Router)
         return router
 

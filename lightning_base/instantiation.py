@@ -84,7 +84,10 @@ def check_arguments(arguments: Mapping[str, Any], found: type, key: str, hidden:
     hints = typing.get_type_hints(found.__init__)  # type: ignore[misc]
     taken = dict(arguments)
     prefix = f"{key}." if key else ""
+    refused: Mapping[str, str] = getattr(found, "refused_options", {})
     for name, value in arguments.items():
+        if name in refused:
+            raise ConfigError(f"{prefix}{name}={value!r} contradicts {found.__name__}: {refused[name]}")
         if name not in parameters:
             owner = found.__name__ if key else "the configuration"
             raise ConfigError(f"{prefix}{name} is not an option of {owner}{did_you_mean(str(name), parameters)}")

@@ -187,6 +187,8 @@ class Transformer(nn.Module):
             blocks[f"sparse_{depth}"] = Block(None, sparse(), width)
         self.blocks = nn.ModuleDict(blocks)
         self.norm = nn.LayerNorm(width)
+        for name, layer in self.sparse_layers.items():
+            layer.router.layer = name
 
     @property
     def sparse_layers(self) -> dict[str, SparseLayer]:

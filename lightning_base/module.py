@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
 
-from lightning_base.instantiation import did_you_mean, instantiate
+from lightning_base.auxiliary_losses import StepCounts, auxiliary_losses, step_counts
+from lightning_base.instantiation import instantiate
 from lightning_base.metrics.language_model import LanguageModelLoss
 from lightning_base.model import Transformer, initialize
 from lightning_base.moe.layer import set_evaluation_mode
@@ -75,7 +76,7 @@ class LanguageModel(pl.LightningModule):
         self.save_hyperparameters()
 
         def make_router() -> Router:
-            made = instantiate(router, "router", Router, width=model["width"])
+            made = instantiate(router, "router", Router, width=model["width"], vocab_size=vocab_size)
             assert isinstance(made, Router)
             return made
 
@@ -102,13 +103,20 @@ class LanguageModel(pl.LightningModule):
         self.last_checkpoint: str | None = None
         self._step_sums: dict[str, Tensor] = {}
         self._router_sums: dict[str, dict[str, Tensor]] = {}
+        self._step_counts: StepCounts = {}
 
     def setup(self, stage: str) -> None:
-        """Takes the bytes of each token from the data, if the data knows them, for bits per byte."""
+        """Takes from the data, if it knows them, the bytes of each token, for bits per byte, and its frequency."""
         prepared = getattr(getattr(self.trainer, "datamodule", None), "prepared", None)
         if prepared is not None:
             known = torch.from_numpy(prepared.bytes_per_token)
             self.bytes_per_token[: len(known)] = known.to(self.bytes_per_token)
+            routers = [layer.router for layer in self.model.sparse_layers.values()]
+            if stage == "fit" and any(type(router).prepare is not Router.prepare for router in routers):
+                token_counts = torch.zeros_like(self.bytes_per_token)
+                token_counts[: len(known)] = torch.from_numpy(prepared.train.token_counts(len(known))).to(token_counts)
+                for router in routers:
+                    router.prepare(token_counts)
 
     def forward(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, RoutingPlan]]:
         """Logits [B, L, V] and the plan of each sparse layer."""
@@ -133,10 +141,12 @@ class LanguageModel(pl.LightningModule):
             for name, value in self.model.sparse_layers[layer].router.step_sums(plan).items():
                 sums[name] = sums[name] + value if name in sums else value
         parts = self.trainer.world_size * self.trainer.accumulate_grad_batches
+        if batch_idx % self.trainer.accumulate_grad_batches == 0:
+            self._step_counts = self._count_step(plans, batch)
         share = nll / batch["step_targets"].reshape(-1)[0]
         loss = share * parts
         self._add_to_step("loss", share.detach())
-        for name, auxiliary in self._auxiliary_losses(plans).items():
+        for name, auxiliary in auxiliary_losses(plans, self.loss_coefficients, self._step_counts, parts).items():
             self._add_to_step(name, auxiliary.detach() / parts)
             coefficient = self.loss_coefficients[name]
             if coefficient:
@@ -236,18 +246,22 @@ class LanguageModel(pl.LightningModule):
         """The rate of the step just taken: the scheduler has already moved on to the next."""
         return float(self.optimizer_options["learning_rate"]) * self._learning_rate_factor(self.global_step - 1)
 
-    def _auxiliary_losses(self, plans: Mapping[str, RoutingPlan]) -> dict[str, Tensor]:
-        """Each auxiliary loss averaged over layers, so that its coefficient means the same at any depth."""
-        by_name: dict[str, list[Tensor]] = {}
-        for plan in plans.values():
-            for name, loss in plan.losses.items():
-                if name not in self.loss_coefficients:
-                    raise KeyError(
-                        f"the router returns {name}, which has no coefficient: set module.loss_coefficients.{name}"
-                        f"{did_you_mean(name, self.loss_coefficients)}"
-                    )
-                by_name.setdefault(name, []).append(loss)
-        return {name: torch.stack(losses).mean() for name, losses in by_name.items()}
+    def _count_step(self, plans: Mapping[str, RoutingPlan], batch: Mapping[str, Any]) -> StepCounts:
+        """Counts over the whole optimizer step for losses that need them, when its first micro batch is at hand.
+
+        What is still to come is routed ahead, without gradient: a loss built from the counts so far would change with
+        the number of micro batches.
+        """
+        counts = step_counts(plans)
+        if not counts:
+            return {}
+        for part in batch.get("ahead", ()):
+            document = None if self.attend_across_documents else part["document"]
+            valid = None if bool(part["valid"].all()) else part["valid"]
+            with torch.no_grad():
+                more = step_counts(self._forward[0](part["input_ids"], valid, document).plans)
+            counts = {key: count + more[key] for key, count in counts.items()}
+        return {key: self.trainer.strategy.reduce(count, reduce_op="sum") for key, count in counts.items()}
 
     def _add_to_step(self, name: str, value: Tensor) -> None:
         self._step_sums[name] = self._step_sums.get(name, torch.zeros_like(value)) + value

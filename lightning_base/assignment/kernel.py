@@ -1,12 +1,15 @@
 """The one place that decides how the compiled kernels are built: cached on disk, without the GIL or Numba's threads."""
 
+import hashlib
 import inspect
 import logging
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numba
+from numba.core.caching import FunctionCache
 
 log = logging.getLogger(__name__)
 
@@ -18,20 +21,38 @@ def kernel(function: F) -> F:
 
     The GIL is released, so that chunks of one problem can run in a thread pool. Numba's own `parallel=True` is not
     used: its OpenMP layer aborts forked children (data-loader workers) and its default layer aborts on concurrent use.
-    Kernels that call each other live in one file, because the cache notices changes in a kernel's own file only.
     """
     plain: Any = inspect.unwrap(function)  # a type-checking import hook may have wrapped it; Numba needs the source
+    compiled: Any = numba.njit(nogil=True, error_model="numpy")(plain)
     try:
-        compiled: Any = numba.njit(cache=True, nogil=True, error_model="numpy")(plain)
-    except RuntimeError:  # no writable place for a cache: compile once per process instead
-        compiled = numba.njit(nogil=True, error_model="numpy")(plain)
+        compiled._cache = _PackageCache(plain)
+    except RuntimeError:  # no writable place for a cache
+        _announce("compiling the exact solver in this process only (NUMBA_CACHE_DIR can name a writable folder) ...")
     return compiled
 
 
-def announce_compilation(function: Any) -> None:
-    """Log one line if `function` has no machine code on this machine yet, because building it takes seconds."""
-    cache = getattr(function, "_cache", None)
-    folder = getattr(cache, "cache_path", None)
-    name = f"{Path(function.py_func.__code__.co_filename).stem}.{function.py_func.__qualname__}"
-    if folder is None or not any(Path(folder).glob(f"{name}-*.nbc")):
-        log.warning("compiling the exact solver, once per machine (about ten seconds) ...")
+class _PackageCache(FunctionCache):
+    """Numba's cache of one function, made to notice changes in every file with kernels and to say when it compiles.
+
+    Numba itself looks at the function's own file only, but the code of kernels in other files is built into it.
+    """
+
+    def _index_key(self, signature: Any, codegen: Any) -> tuple[Any, ...]:
+        return (*super()._index_key(signature, codegen), _source_digest())
+
+    def load_overload(self, signature: Any, target_context: Any) -> Any:
+        found = super().load_overload(signature, target_context)
+        if found is None:
+            _announce("compiling the exact solver, once per machine (about ten seconds) ...")
+        return found
+
+
+@cache
+def _source_digest() -> str:
+    sources = (path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
+    return hashlib.sha256(b"".join(source for source in sources if b"@kernel" in source)).hexdigest()
+
+
+@cache
+def _announce(message: str) -> None:
+    log.warning(message)

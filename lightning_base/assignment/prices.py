@@ -4,11 +4,24 @@ Legend: T tokens, E experts.
 """
 
 import numpy as np
+from numba.cpython.unsafe.numbers import trailing_zeros
 from numpy.typing import NDArray
 
 from lightning_base.assignment.kernel import kernel
 
 F64 = NDArray[np.float64]
+
+
+NONE, ONE = np.uint64(0), np.uint64(1)
+
+
+@kernel
+def _above(scores: NDArray[np.floating], prices: NDArray[np.floating], floor: float) -> np.uint64:
+    """The experts, at most 64, with s - p above the floor, one bit each: without a branch, so it vectorises."""
+    bits = NONE
+    for e in range(scores.shape[0]):
+        bits |= np.uint64(scores[e] - prices[e] > floor) << np.uint64(e)
+    return bits
 
 
 @kernel
@@ -67,17 +80,21 @@ def newton_step(
     excess = -target
     shared = np.empty(E, np.int64)
     value = np.empty(E)
+    rounded = prices.astype(scores_TE.dtype)  # which experts share a token need not be exact
     for t in range(best_T.shape[0]):
         b = best_T[t]
         if margin_T[t] >= tau:
             excess[b] += 1.0
             continue
         row = scores_TE[t]
-        floor = row[b] - prices[b] - tau
+        floor = scores_TE.dtype.type(row[b] - rounded[b] - tau)
         n = 0
-        for e in range(E):
-            v = row[e] - prices[e]
-            if v > floor:
+        for first in range(0, E, 64):
+            near = _above(row[first : first + 64], rounded[first : first + 64], floor)
+            while near != NONE:
+                e = first + np.int64(trailing_zeros(near))
+                near &= near - ONE
+                v = row[e] - prices[e]
                 j = n
                 while j > 0 and value[j - 1] < v:
                     value[j] = value[j - 1]

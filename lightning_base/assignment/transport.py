@@ -7,7 +7,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_base.assignment.choice import Choice
-from lightning_base.assignment.kernel import announce_compilation
 from lightning_base.assignment.passes import place_rows
 from lightning_base.assignment.prices import newton_step
 from lightning_base.assignment.problem import Loads
@@ -36,7 +35,6 @@ def solve_transport(scores_TE: Floats, loads: Loads, start_E: F64 | None) -> tup
 
     Raises ValueError if the forbidden pairs (-inf) leave no assignment.
     """
-    announce_compilation(rebalance)
     choice = Choice(scores_TE, loads.k)
     cold = start_E is None
     prices = _price_by_sample(choice, loads) if cold else _newton(choice, loads, np.array(start_E), warm=True)

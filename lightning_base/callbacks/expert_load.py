@@ -44,7 +44,7 @@ class ExpertLoadLogger(pl.Callback):
         assert isinstance(pl_module, LanguageModel)
         layers = pl_module.model.sparse_layers
         first = next(iter(layers.values())).router
-        self.metric = ExpertLoad(list(layers), first.num_experts, first.top_k).to(trainer.strategy.root_device)
+        self.metric = ExpertLoad(list(layers), first.num_experts).to(trainer.strategy.root_device)
         if trainer.is_global_zero and stage == "fit":
             start_csv(self.path, COLUMNS, self.resumed_step)
 
@@ -54,7 +54,7 @@ class ExpertLoadLogger(pl.Callback):
         assert isinstance(pl_module, LanguageModel)
         parts = trainer.accumulate_grad_batches
         for plan in pl_module.plans.values():
-            asked = plan.num_tokens * plan.top_k
+            asked = int(plan.asked)
             self.totals["assignments"] += asked
             self.totals["dropped"] += asked - len(plan.token_index)
         self.totals["tokens"] += next(iter(pl_module.plans.values())).num_tokens

@@ -34,7 +34,8 @@ class TrainingLoader(TokenLoader):
 
     A batch is the items of its sequences, stacked to [b, L], and `step_targets`, an int64 scalar: the targets in the
     whole global batch of this step, over all ranks and micro batches. Losses summed and divided by it come to the same
-    whatever the world size.
+    whatever the world size. With accumulation, the first micro batch of a step also brings `ahead`, the inputs of those
+    that follow it on this rank, for losses that need the counts of the whole step.
 
     StatefulDataLoader's own state holds a snapshot per worker process and can be loaded only with as many workers. A
     sequence is read from disk by its index alone, so the number of sequences consumed says everything, and is the same
@@ -60,11 +61,19 @@ class TrainingLoader(TokenLoader):
                 if step != consumed // sampler.global_batch:
                     step = consumed // sampler.global_batch
                     step_targets = torch.tensor(int(dataset.number_of_targets(sampler.global_batch_at(step)).sum()))
+                    if sampler.accumulation > 1:
+                        batch = batch | {"ahead": self._ahead(step)}
                 consumed += sampler.consumed_at_once
                 self._consumed = consumed
                 yield batch | {"step_targets": step_targets}
         finally:
             self._iterator = None  # ends the workers
+
+    def _ahead(self, step: int) -> list[dict[str, torch.Tensor]]:
+        """The inputs of this rank's micro batches of a step after the first one."""
+        items = [[self.dataset[i] for i in indices] for indices in self.batch_sampler.micro_batches_at(step)[1:]]
+        names = ("input_ids", "valid", "document")
+        return [{name: torch.stack([item[name] for item in part]) for name in names} for part in items]
 
     def state_dict(self) -> dict[str, Any]:
         """How many sequences all ranks together have consumed."""

@@ -99,6 +99,12 @@ class GlobalBatchSampler(Sampler[list[int]]):
         """The sequences of one optimizer step, over all ranks and micro batches."""
         return self._at(step * self.global_batch, self.global_batch)
 
+    def micro_batches_at(self, step: int) -> list[list[int]]:
+        """The sequences of this rank in one optimizer step, a list for each micro batch."""
+        first = step * self.global_batch + self.rank * self.micro_batch
+        starts = range(first, first + self.global_batch, self.consumed_at_once)
+        return [self._at(start, self.micro_batch).tolist() for start in starts]
+
     def __iter__(self) -> Iterator[list[int]]:
         # Set here and not in the generator: the state must be right before the first batch is asked for.
         self._consumed = self.start if self._resume is None else self._resume

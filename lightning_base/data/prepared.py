@@ -54,6 +54,13 @@ class TokenSplit:
         # A pickled memory map is a copy of the file: a loader's worker opens it again instead.
         return TokenSplit, self._arguments
 
+    def token_counts(self, vocab_size: int) -> Int64[np.ndarray, "V"]:
+        """How often each token occurs, [V]; reads the split once, in blocks."""
+        counts_V = np.zeros(vocab_size, dtype=np.int64)
+        for start in range(0, len(self.tokens), 1 << 24):
+            counts_V += np.bincount(self.tokens[start : start + (1 << 24)], minlength=vocab_size)
+        return counts_V
+
     @property
     def documents(self) -> int:
         """D, the number of documents."""

@@ -26,7 +26,6 @@ class ExpertLoad(Metric):
     Args:
         layers: names of the sparse layers.
         num_experts: E.
-        top_k: experts a token asks for.
     """
 
     # ``forward`` would otherwise merge states by how they are reduced, and ``rank_load`` is not.
@@ -44,9 +43,9 @@ class ExpertLoad(Metric):
     left_behind: Tensor
     rank_load: Tensor
 
-    def __init__(self, layers: list[str], num_experts: int, top_k: int = 1, **kwargs: Any) -> None:
+    def __init__(self, layers: list[str], num_experts: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.layers, self.num_experts, self.top_k = list(layers), num_experts, top_k
+        self.layers, self.num_experts = list(layers), num_experts
         size = len(layers)
 
         def add(name: str, *shape: int, dtype: torch.dtype = torch.int64, reduce: str | None = "sum") -> None:
@@ -93,7 +92,7 @@ class ExpertLoad(Metric):
 
     def compute(self) -> dict[str, Tensor]:
         """All metrics, as 0-dim float tensors."""
-        asked = self.tokens * self.top_k
+        asked = self.demand.sum(1)
         dispatched = self.load.sum(1)
         per_layer: dict[str, Tensor] = {}
         for j, (side, counts) in enumerate((("demand", self.demand), ("load", self.load))):

@@ -67,7 +67,8 @@ class SparseLayer(nn.Module):
     def _groups(self, sequences: int, length: int, valid: Tensor | None) -> RoutingGroups:
         per_sequence = [length] * sequences if valid is None else valid.sum(1).tolist()
         step = self.routing_group
-        return RoutingGroups(tuple(sum(per_sequence[i : i + step]) for i in range(0, sequences, step)))
+        sizes = tuple(sum(per_sequence[i : i + step]) for i in range(0, sequences, step))
+        return RoutingGroups(sizes, tuple(per_sequence))
 
 
 def set_evaluation_mode(model: nn.Module, mode: str | None) -> None:

@@ -1,13 +1,90 @@
-"""Auxiliary losses of routers, computed per routing group and averaged over groups.
+"""Auxiliary losses of routers, computed per routing group and averaged over groups, or over a whole optimizer step.
 
-Shapes: T tokens, G routing groups, E experts.
+Shapes: A assignments asked for, T tokens, G routing groups, E experts.
 """
+
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from lightning_base.routing.plan import RoutingGroups
+from lightning_base.routing.plan import RoutingGroups, StepLoss, count_by_group
+
+Scope = Literal["group", "sequence", "step"]
+
+
+class BalancingLoss(NamedTuple):
+    """The load-balancing loss of a forward pass as a plan holds it: in one of the two, by its scope."""
+
+    losses: dict[str, Tensor]
+    step_losses: dict[str, StepLoss]
+
+
+def check_scope(scope: str) -> None:
+    """Raises ValueError unless ``scope`` is one that ``balancing_loss`` knows."""
+    if scope not in get_args(Scope):
+        raise ValueError(f"router.balance_scope={scope}: choose one of {', '.join(get_args(Scope))}")
+
+
+def balancing_loss(
+    probabilities_TE: Float[Tensor, "T E"],
+    token_index: Int64[Tensor, " A"],
+    expert_index: Int64[Tensor, " A"],
+    groups: RoutingGroups,
+    scope: str = "group",
+) -> BalancingLoss:
+    """``load_balancing_loss`` over the scope a router was given.
+
+    Args:
+        probabilities_TE: [T, E], gate probabilities of every token.
+        token_index: [A], which token asked, before any drop.
+        expert_index: [A], for which expert.
+        groups: the routing groups of the T tokens.
+        scope: ``group``, a routing group, as in Switch and GShard, which balance what one device holds; ``sequence``,
+            each sequence by itself (DeepSeek-V3, arXiv 2412.19437, eq. 17 to 20); ``step``, all tokens of an optimizer
+            step, of all ranks and micro batches (Qiu et al. 2025, arXiv 2501.11873), which leaves experts free to
+            specialise on single sequences.
+    """
+    num_experts = probabilities_TE.shape[1]
+    if scope == "step":
+        demand = torch.bincount(expert_index, minlength=num_experts)
+        step_loss = StepLoss(demand, probabilities_TE.sum(0), len(probabilities_TE))
+        return BalancingLoss({}, {"load_balancing_loss": step_loss})
+    balanced = groups.by_sequence() if scope == "sequence" else groups
+    demand_GE = count_by_group(balanced, num_experts, token_index, expert_index)
+    return BalancingLoss({"load_balancing_loss": load_balancing_loss(probabilities_TE, demand_GE, balanced)}, {})
+
+
+def finish_step_loss(
+    part: StepLoss, step_demand: Int64[Tensor, " E"], step_tokens: int | Int64[Tensor, ""]
+) -> Float[Tensor, ""]:
+    """What this forward pass adds to E sum_i f_i P_i over the step; the parts of a step sum to its loss.
+
+    The loss is linear in P, and P is the sum of the parts' P, so the gradients of the parts sum to the gradient of the
+    whole, however the step is cut.
+
+    Args:
+        part: of this forward pass.
+        step_demand: [E], summed over the step.
+        step_tokens: tokens of the step.
+    """
+    share_E = step_demand / step_demand.sum().clamp(min=1)
+    return len(share_E) * (share_E * part.probability_sum).sum() / step_tokens
+
+
+def router_z_loss(logits_TE: Float[Tensor, "T E"], groups: RoutingGroups) -> Float[Tensor, ""]:
+    """Mean over tokens of (logsumexp of the logits)^2, which keeps logits small (Zoph et al. 2022, arXiv 2202.08906).
+
+    Averaged in each group and then over groups that hold tokens.
+    """
+    return _mean_over_groups(logits_TE.logsumexp(-1).square(), groups)
+
+
+def _mean_over_groups(value_T: Float[Tensor, " T"], groups: RoutingGroups) -> Float[Tensor, ""]:
+    sizes_G = torch.tensor(groups.sizes, device=value_T.device, dtype=value_T.dtype)
+    sums_G = value_T.new_zeros(len(groups.sizes)).index_add(0, groups.index(value_T.device), value_T)
+    return (sums_G / sizes_G.clamp(min=1)).sum() / (sizes_G > 0).sum().clamp(min=1)
 
 
 def load_balancing_loss(

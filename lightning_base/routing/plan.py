@@ -18,9 +18,14 @@ class RoutingGroups:
 
     Balance, capacities and load-balancing losses are computed inside one group, so that they do not depend on how many
     groups a rank happens to hold.
+
+    Args:
+        sizes: tokens of each group.
+        sequences: tokens of each sequence, several of which make a group; without them, a group is one sequence.
     """
 
     sizes: tuple[int, ...]
+    sequences: tuple[int, ...] = field(default=(), compare=False)
 
     @property
     def num_tokens(self) -> int:
@@ -36,9 +41,31 @@ class RoutingGroups:
         """One view per group."""
         return tokens.split(self.sizes)
 
+    def by_sequence(self) -> "RoutingGroups":
+        """The same tokens with every sequence a group of its own."""
+        return RoutingGroups(self.sequences or self.sizes)
+
     def starts(self) -> list[int]:
         """The first token of each group."""
         return [0, *accumulate(self.sizes)][:-1]
+
+
+@dataclass(frozen=True)
+class StepLoss:
+    """What one forward pass adds to a load-balancing loss over a whole optimizer step, of all ranks.
+
+    The loss needs the counts of the whole step, which a router cannot know: the module sums them and finishes the loss
+    with ``losses.finish_step_loss``.
+
+    Args:
+        demand: [E], assignments that asked for each expert.
+        probability_sum: [E], gate probabilities summed over tokens; the gradient flows through it.
+        num_tokens: T.
+    """
+
+    demand: Int64[Tensor, " E"]
+    probability_sum: Float[Tensor, " E"]
+    num_tokens: int
 
 
 @dataclass(frozen=True)
@@ -57,6 +84,7 @@ class RoutingPlan:
         top_k: experts that every token asks for (the k of the load formulas).
         capacity: [G], slots of one expert in each group; None if nothing is ever dropped.
         losses: auxiliary losses by name, not yet multiplied by a coefficient: the module owns those.
+        step_losses: the same for losses over the whole optimizer step; a loss is in one of the two.
         aux: detached tensors that a callback may want to look at, e.g. ``probabilities`` [T, E].
     """
 
@@ -68,6 +96,7 @@ class RoutingPlan:
     top_k: int = 1
     capacity: Int64[Tensor, " G"] | None = None
     losses: dict[str, Tensor] = field(default_factory=dict)
+    step_losses: dict[str, StepLoss] = field(default_factory=dict)
     aux: dict[str, Tensor] = field(default_factory=dict)
 
     @property
@@ -82,6 +111,11 @@ class RoutingPlan:
     def demand(self) -> Int64[Tensor, " E"]:
         """Tokens that asked for each expert, before any drop, [E]."""
         return self.group_demand.sum(0)
+
+    @property
+    def asked(self) -> Int64[Tensor, ""]:
+        """Assignments asked for, a scalar: T k, unless a router lets some tokens ask for fewer."""
+        return self.group_demand.sum()
 
     @property
     def group_load(self) -> Int64[Tensor, "G E"]:
@@ -103,7 +137,7 @@ class RoutingPlan:
     def detached(self) -> "RoutingPlan":
         """The same plan without its graph: what may outlive the step."""
         losses = {name: loss.detach() for name, loss in self.losses.items()}
-        return replace(self, weight=self.weight.detach(), losses=losses)
+        return replace(self, weight=self.weight.detach(), losses=losses, step_losses={})
 
 
 def count_by_group(

@@ -2,6 +2,7 @@
 
 from typing import ClassVar
 
+from jaxtyping import Int64
 from torch import Tensor, nn
 
 from lightning_base.routing.plan import RoutingGroups, RoutingPlan
@@ -23,12 +24,16 @@ class Router(nn.Module):
         causal_in_evaluation: the same in evaluation, in the default evaluation mode.
         loss_coefficients: the paper's coefficient of each auxiliary loss the router returns.
         evaluation_modes: the ways this router can route in evaluation; the first is the default.
+        refused_options: options that other routers have and this one cannot have, each with the reason.
+        layer: the name of the layer this router works for, once it is part of a model.
     """
 
     causal: bool = True
     causal_in_evaluation: bool = True
     loss_coefficients: ClassVar[dict[str, float]] = {}
     evaluation_modes: ClassVar[tuple[str, ...]] = ("default",)
+    refused_options: ClassVar[dict[str, str]] = {}
+    layer: str = ""
 
     def __init__(self, *, num_experts: int, top_k: int = 1) -> None:
         super().__init__()
@@ -50,6 +55,9 @@ class Router(nn.Module):
                 f"router.num_experts={self.num_experts} exceeds the {tokens} tokens of a routing group "
                 "(data.routing_group x data.sequence_length): use fewer experts or a larger group"
             )
+
+    def prepare(self, token_counts: Int64[Tensor, " V"]) -> None:
+        """Told once, before training, how often each token occurs in the training text; most need not know."""
 
     def step_sums(self, plan: RoutingPlan) -> dict[str, Tensor]:
         """What a training forward pass adds to the statistics of its optimizer step.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_base.routing.capacity import check_capacity_factor, expert_capacity, within_capacity
-from lightning_base.routing.losses import load_balancing_loss
+from lightning_base.routing.losses import balancing_loss, check_scope
 from lightning_base.routing.plan import RoutingGroups, RoutingPlan, count_by_group
 from lightning_base.routing.router import Router
 
@@ -25,9 +25,14 @@ class Switch(Router):
         width: D.
         capacity_factor: slots per expert in training, relative to an even share; None drops nothing.
         evaluation_capacity_factor: the same in evaluation.
+        balance_scope: over what the load-balancing loss is taken, see ``balancing_loss``.
     """
 
     loss_coefficients: ClassVar[dict[str, float]] = {"load_balancing_loss": 0.01}
+    refused_options: ClassVar[dict[str, str]] = {
+        "top_k": "it sends every token to one expert; router=top_k takes router.top_k",
+        "renormalize": "with one expert the renormalized gate would always be 1, and the router could not learn",
+    }
 
     def __init__(
         self,
@@ -36,10 +41,13 @@ class Switch(Router):
         width: int,
         capacity_factor: float | None = 1.25,
         evaluation_capacity_factor: float | None = 2.0,
+        balance_scope: str = "group",
     ) -> None:
         super().__init__(num_experts=num_experts)
         check_capacity_factor("capacity_factor", capacity_factor)
         check_capacity_factor("evaluation_capacity_factor", evaluation_capacity_factor)
+        check_scope(balance_scope)
+        self.balance_scope = balance_scope
         self.capacity_factor = capacity_factor
         self.evaluation_capacity_factor = evaluation_capacity_factor
         self.gate = nn.Linear(width, num_experts, bias=False)
@@ -55,7 +63,7 @@ class Switch(Router):
         weight, expert_index = probabilities_TE.max(-1)
         token_index = torch.arange(len(tokens), device=tokens.device)
         group_demand = count_by_group(groups, self.num_experts, token_index, expert_index)
-        losses = {"load_balancing_loss": load_balancing_loss(probabilities_TE, group_demand, groups)}
+        balance = balancing_loss(probabilities_TE, token_index, expert_index, groups, self.balance_scope)
 
         capacity = None
         factor = self.capacity_factor if self.training else self.evaluation_capacity_factor
@@ -71,6 +79,7 @@ class Switch(Router):
             group_demand=group_demand,
             groups=groups,
             capacity=capacity,
-            losses=losses,
+            losses=balance.losses,
+            step_losses=balance.step_losses,
             aux={"probabilities": probabilities_TE.detach()},
         )

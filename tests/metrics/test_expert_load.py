@@ -16,7 +16,7 @@ from lightning_base.routing import Router, RoutingGroups, RoutingPlan
 
 def measured(*plans: RoutingPlan) -> dict[str, float]:
     """The metrics of one layer called "layer" after one update per plan, without summaries over layers."""
-    metric = ExpertLoad(["layer"], plans[0].num_experts, plans[0].top_k)
+    metric = ExpertLoad(["layer"], plans[0].num_experts)
     for plan in plans:
         metric.update({"layer": plan})
     return {
@@ -224,7 +224,7 @@ def test_activation_checkpointing_does_not_count_loads_twice(name: str) -> None:
         (layer,) = model.sparse_layers.values()
         seen: list[int] = []
         layer.router.register_forward_hook(lambda module, args, plan, seen=seen: seen.append(len(args[0])))
-        metric = ExpertLoad(list(model.sparse_layers), 4, layer.router.top_k)
+        metric = ExpertLoad(list(model.sparse_layers), 4)
         output = model(ids)
         metric.update(output.plans)
         output.logits.sum().backward()

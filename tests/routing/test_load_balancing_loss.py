@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from router_arms import build_router, groups_of, random_tokens
 
 from lightning_base.routing import RoutingGroups
-from lightning_base.routing.losses import load_balancing_loss
+from lightning_base.routing.losses import finish_step_loss, load_balancing_loss, router_z_loss
 
 
 def loss_of(probabilities: torch.Tensor, demand: list[list[int]], *sizes: int) -> torch.Tensor:
@@ -93,3 +93,53 @@ def test_the_known_answers_tell_published_mistakes_apart() -> None:
         leaf = probabilities.clone().requires_grad_()
         (gradient,) = torch.autograd.grad(loss(leaf, demand, groups), leaf)
         assert bool(gradient.abs().sum() > 0) == learns
+
+
+def test_over_a_step_it_is_the_loss_of_all_tokens_at_once_however_the_step_is_cut() -> None:
+    router = build_router("switch", balance_scope="step", capacity_factor=None)
+    tokens, ids = random_tokens(80)
+    # Independent of the code under test: all tokens as one group.
+    one_group = build_router("switch", capacity_factor=None)
+    expected = one_group(tokens, ids, groups_of(80)).losses["load_balancing_loss"]
+    expected_gradient = torch.autograd.grad(expected, list(one_group.parameters()))
+    for cuts in ([80], [40, 40], [20, 12, 48]):
+        parts = [
+            router(part, part_ids, groups_of(len(part))).step_losses["load_balancing_loss"]
+            for part, part_ids in zip(tokens.split(cuts), ids.split(cuts), strict=True)
+        ]
+        demand = sum(part.demand for part in parts)
+        total = sum(finish_step_loss(part, demand, 80) for part in parts)
+        assert total.item() == pytest.approx(expected.item(), rel=1e-5)
+        gradient = torch.autograd.grad(total, list(router.parameters()))
+        torch.testing.assert_close(gradient, expected_gradient)
+
+
+def test_counts_of_one_part_alone_would_be_another_loss() -> None:
+    # The mistake that the step scope has to avoid: f from a part's own counts.
+    router = build_router("switch", balance_scope="step", capacity_factor=None)
+    tokens, ids = random_tokens(80)
+    parts = [
+        router(part, part_ids, groups_of(len(part))).step_losses["load_balancing_loss"]
+        for part, part_ids in zip(tokens.split(8), ids.split(8), strict=True)
+    ]
+    demand = sum(part.demand for part in parts)
+    right = sum(finish_step_loss(part, demand, 80) for part in parts)
+    wrong = sum(finish_step_loss(part, part.demand, 80) for part in parts)
+    assert abs(wrong.item() - right.item()) > 1e-2
+
+
+def test_by_sequence_it_is_the_mean_over_sequences() -> None:
+    router = build_router("switch", balance_scope="sequence", capacity_factor=None)
+    tokens, ids = random_tokens(60)
+    found = router(tokens, ids, RoutingGroups((60,), (20, 20, 20))).losses["load_balancing_loss"]
+    alone = build_router("switch", capacity_factor=None)
+    expected = alone(tokens, ids, groups_of(20, 20, 20)).losses["load_balancing_loss"]
+    assert found.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert found.item() != pytest.approx(alone(tokens, ids, groups_of(60)).losses["load_balancing_loss"].item())
+
+
+def test_z_loss_by_hand() -> None:
+    # logsumexp(0, 0) = ln 2; logsumexp(ln 3, 0) = ln 4. Two groups of one token: the mean of the squares.
+    logits = torch.tensor([[0.0, 0.0], [np.log(3.0), 0.0]], dtype=torch.float32)
+    expected = (np.log(2) ** 2 + np.log(4) ** 2) / 2
+    assert router_z_loss(logits, groups_of(1, 1)).item() == pytest.approx(expected, rel=1e-6)
