@@ -3,6 +3,8 @@
 Legend: T tokens, E experts.
 """
 
+from typing import Any
+
 import numpy as np
 from numba.cpython.unsafe.numbers import trailing_zeros
 from numpy.typing import NDArray
@@ -12,11 +14,12 @@ from lightning_base.assignment.kernel import kernel
 F64 = NDArray[np.float64]
 
 
-NONE, ONE = np.uint64(0), np.uint64(1)
+NONE: Any = np.uint64(0)
+ONE: Any = np.uint64(1)
 
 
 @kernel
-def _above(scores: NDArray[np.floating], prices: NDArray[np.floating], floor: float) -> np.uint64:
+def _above(scores: NDArray[np.floating], prices: NDArray[np.floating], floor: float) -> Any:
     """The experts, at most 64, with s - p above the floor, one bit each: without a branch, so it vectorises."""
     bits = NONE
     for e in range(scores.shape[0]):
@@ -92,7 +95,7 @@ def newton_step(
         for first in range(0, E, 64):
             near = _above(row[first : first + 64], rounded[first : first + 64], floor)
             while near != NONE:
-                e = first + np.int64(trailing_zeros(near))
+                e: Any = first + np.int64(trailing_zeros(near))
                 near &= near - ONE
                 v = row[e] - prices[e]
                 j = n
