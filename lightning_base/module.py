@@ -18,6 +18,7 @@ from lightning_base.instantiation import instantiate
 from lightning_base.metrics.language_model import LanguageModelLoss
 from lightning_base.model import Transformer, initialize
 from lightning_base.moe.layer import set_evaluation_mode
+from lightning_base.reduction import sum_over_ranks
 from lightning_base.routing.plan import RoutingPlan
 from lightning_base.routing.router import Router
 
@@ -159,9 +160,7 @@ class LanguageModel(pl.LightningModule):
         if (batch_idx + 1) % self.trainer.accumulate_grad_batches:
             return
         # Sums over micro batches, then over ranks: the loss of the global batch.
-        reduced = {
-            name: self.trainer.strategy.reduce(value, reduce_op="sum") for name, value in self._step_sums.items()
-        }
+        reduced = sum_over_ranks(self._step_sums, self._reduce)
         self._step_sums = {}
         # An explicit step counts the steps done; Lightning's own is one behind in training and not in validation.
         values: dict[str, Any] = {f"train/{name}": value for name, value in reduced.items() if name != "loss"}
@@ -219,9 +218,10 @@ class LanguageModel(pl.LightningModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         # Here and not at the end of the batch, where callbacks come first: a checkpoint has to hold the routers' state.
+        flat = {(layer, name): value for layer, sums in self._router_sums.items() for name, value in sums.items()}
+        reduced = sum_over_ranks(flat, self._reduce)
         for layer, sums in self._router_sums.items():
-            reduced = {name: self.trainer.strategy.reduce(value, reduce_op="sum") for name, value in sums.items()}
-            self.model.sparse_layers[layer].router.end_step(reduced)
+            self.model.sparse_layers[layer].router.end_step({name: reduced[layer, name] for name in sums})
         self._router_sums = {}
         gradients = [p.grad for p in self.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
@@ -261,7 +261,12 @@ class LanguageModel(pl.LightningModule):
             with torch.no_grad():
                 more = step_counts(self._forward[0](part["input_ids"], valid, document).plans)
             counts = {key: count + more[key] for key, count in counts.items()}
-        return {key: self.trainer.strategy.reduce(count, reduce_op="sum") for key, count in counts.items()}
+        return sum_over_ranks(counts, self._reduce)
+
+    def _reduce(self, value: Tensor) -> Tensor:
+        reduced = self.trainer.strategy.reduce(value, reduce_op="sum")
+        assert isinstance(reduced, Tensor)
+        return reduced
 
     def _add_to_step(self, name: str, value: Tensor) -> None:
         self._step_sums[name] = self._step_sums.get(name, torch.zeros_like(value)) + value
