@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from lightning_base.assignment.passes import BLOCK, best_k, best_two, turn
 from lightning_base.assignment.problem import Loads
 
 PARALLEL = 2**21  # from so many scores on, a pass is worth several threads
+EPSILON = {np.dtype(kind).char: float(np.finfo(kind).eps) for kind in (np.float32, np.float64)}
 
 
 class Choice:
@@ -29,46 +31,50 @@ class Choice:
         T, E = scores_TE.shape
         self.scores_TE = scores_TE
         self.k = k
-        self.chosen_TK = np.zeros((T, k), np.int32)
-        self.margin_T = np.zeros(T, scores_TE.dtype)
-        blocks = -(-T // BLOCK)
-        self._turned_BEJ = np.empty((blocks if k == 1 else 0, E, BLOCK), scores_TE.dtype)
+        self.chosen_TK = np.empty((T, k), np.int32)
+        self.margin_T = np.empty(T, scores_TE.dtype)
+        self.load_E = np.zeros(E, np.int64)
+        self.rounding = 0.0
+        self._threads = torch.get_num_threads() if scores_TE.size >= PARALLEL else 1
+        self._blocks = -(-T // BLOCK)
         if k == 1:
-            self._in_parts(blocks, lambda low, high: turn(scores_TE, low, high, self._turned_BEJ))
+            self._turned_BEJ = np.empty((self._blocks, E, BLOCK), scores_TE.dtype)
+            self._in_parts(self._blocks, lambda part, low, high: turn(scores_TE, low, high, self._turned_BEJ))
 
     def at(self, prices: NDArray[np.float64]) -> None:
-        """Choose anew at these prices: one pass over the scores."""
+        """Choose anew at these prices: one pass over the scores.
+
+        Sets the load of each expert, and `rounding`: a margin above it is certain in spite of the pass's precision.
+        """
         rounded = prices.astype(self.scores_TE.dtype)
+        load_PE = np.zeros((self._threads, len(prices)), np.int64)
+        found = self.chosen_TK, self.margin_T
         if self.k == 1:
-            best = self.chosen_TK[:, 0]
-            self._in_parts(
-                len(self._turned_BEJ),
-                lambda low, high: best_two(self._turned_BEJ, rounded, low, high, best, self.margin_T),
+            best_T = self.chosen_TK[:, 0]
+            largest = self._in_parts(
+                self._blocks,
+                lambda part, low, high: best_two(
+                    self._turned_BEJ, rounded, low, high, best_T, self.margin_T, load_PE[part]
+                ),
             )
         else:
-            self._in_parts(
+            largest = self._in_parts(
                 len(self.scores_TE),
-                lambda low, high: best_k(self.scores_TE, rounded, self.k, low, high, self.chosen_TK, self.margin_T),
+                lambda part, low, high: best_k(self.scores_TE, rounded, low, high, *found, load_PE[part]),
             )
+        self.load_E = load_PE.sum(0)
+        largest_score = max(largest) + float(np.abs(prices).max())
+        self.rounding = 8 * EPSILON[self.scores_TE.dtype.char] * (largest_score + 2 * float(np.abs(prices).max()))
 
     def excess(self, loads: Loads) -> int:
         """How many tokens are too many where they are."""
-        load = np.bincount(self.chosen_TK.ravel(), minlength=self.scores_TE.shape[1])
-        return int(np.maximum(load - loads.largest, 0).sum())
+        return int(np.maximum(self.load_E - loads.largest, 0).sum())
 
-    def rounding(self, prices: NDArray[np.float64]) -> float:
-        """A margin above this is certain in spite of the precision of the pass."""
-        top = np.take_along_axis(self.scores_TE, self.chosen_TK, 1)
-        largest = np.abs(top, where=np.isfinite(top), out=np.zeros_like(top)).max(initial=0.0)
-        return 8 * float(np.finfo(self.scores_TE.dtype).eps) * (float(largest) + 2 * float(np.abs(prices).max()))
-
-    def _in_parts(self, count: int, part: Callable[[int, int], None]) -> None:
-        threads = torch.get_num_threads() if self.scores_TE.size >= PARALLEL else 1
-        if threads == 1:
-            part(0, count)
-        else:
-            edges = [count * i // threads for i in range(threads + 1)]
-            list(_pool(os.getpid(), threads).map(part, edges[:-1], edges[1:]))
+    def _in_parts(self, count: int, part: Callable[[int, int, int], Any]) -> list[Any]:
+        if self._threads == 1:
+            return [part(0, 0, count)]
+        edges = [count * i // self._threads for i in range(self._threads + 1)]
+        return list(_pool(os.getpid(), self._threads).map(part, range(self._threads), edges[:-1], edges[1:]))
 
 
 @lru_cache(maxsize=4)

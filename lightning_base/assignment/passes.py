@@ -27,17 +27,19 @@ def turn(scores_TE: Floats, start: int, stop: int, turned_BEJ: Floats) -> None:
 
 
 @kernel
-def best_two(turned_BEJ: Floats, prices: Floats, start: int, stop: int, best_T: I32, margin_T: Floats) -> None:
+def best_two(
+    turned_BEJ: Floats, prices: Floats, start: int, stop: int, best_T: I32, margin_T: Floats, load_E: I64
+) -> float:  # fmt: skip
     """Best expert of each token in blocks start..stop at these prices, and by how much it leads the second best.
 
     One read of the scores, O(T E), vectorised across the 64 tokens of a block. The margin is inf where no second
-    expert is open; the best is -1 where none is.
+    expert is open; the best is -1 where none is. Adds the tokens to `load` and returns the largest |s - p| of a best.
     """
-    T = best_T.shape[0]
     E = turned_BEJ.shape[1]
     top = np.empty(BLOCK, turned_BEJ.dtype)
     runner = np.empty(BLOCK, turned_BEJ.dtype)
     top_at = np.empty(BLOCK, np.int32)
+    high = np.zeros(BLOCK, turned_BEJ.dtype)
     for b in range(start, stop):
         for j in range(BLOCK):
             top[j] = -np.inf
@@ -53,17 +55,36 @@ def best_two(turned_BEJ: Floats, prices: Floats, start: int, stop: int, best_T: 
                 runner[j] = top[j] if wins else (x if places else runner[j])
                 top_at[j] = np.int32(e) if wins else top_at[j]
                 top[j] = x if wins else top[j]
-        for j in range(min(BLOCK, T - b * BLOCK)):
-            best_T[b * BLOCK + j] = top_at[j]
-            margin_T[b * BLOCK + j] = top[j] - runner[j]
+        best = best_T[b * BLOCK : (b + 1) * BLOCK]  # all of these loops but the one of the load vectorise
+        margin = margin_T[b * BLOCK : (b + 1) * BLOCK]
+        for j in range(best.shape[0]):
+            best[j] = top_at[j]
+            margin[j] = top[j] - runner[j]
+        for j in range(best.shape[0]):
+            x = abs(top[j])
+            high[j] = x if x > high[j] and x < np.inf else high[j]
+        for j in range(best.shape[0]):
+            if top_at[j] >= 0:
+                load_E[top_at[j]] += 1
+    largest = 0.0
+    for j in range(BLOCK):
+        largest = max(largest, high[j])
+    return largest
 
 
 @kernel
-def best_k(scores_TE: Floats, prices: Floats, k: int, start: int, stop: int, chosen_TK: I32, margin_T: Floats) -> None:
-    """The k best experts of tokens start..stop, and by how much the last of them leads the one after; O(T E k)."""
+def best_k(
+    scores_TE: Floats, prices: Floats, start: int, stop: int, chosen_TK: I32, margin_T: Floats, load_E: I64
+) -> float:  # fmt: skip
+    """The k best experts of tokens start..stop, and by how much the last of them leads the one after; O(T E k).
+
+    Adds the tokens to `load` and returns the largest |s - p| of a chosen pair.
+    """
     E = scores_TE.shape[1]
+    k = chosen_TK.shape[1]
     value = np.empty(k + 1, scores_TE.dtype)
     at = np.empty(k + 1, np.int32)
+    largest = 0.0
     for t in range(start, stop):
         value[:] = -np.inf
         at[:] = -1
@@ -77,39 +98,22 @@ def best_k(scores_TE: Floats, prices: Floats, k: int, start: int, stop: int, cho
                     j -= 1
                 value[j] = x
                 at[j] = e
-        chosen_TK[t] = at[:k]
         margin_T[t] = value[k - 1] - value[k]
+        for i in range(k):
+            chosen_TK[t, i] = at[i]
+            if at[i] >= 0:
+                load_E[at[i]] += 1
+                largest = max(largest, abs(value[i]))
+    return largest
 
 
 @kernel
-def place_rows(
-    scores_NE: Floats, prices: F64, k: int, slack: float, known_NK: I64, sure_N: NDArray[np.bool_], free: I64,
-    value: F64, place: I64,
-) -> int:  # fmt: skip
-    """Give each row its k best experts in double precision, ties (within `slack`) to the expert with most room left.
-
-    Rows marked `sure` take the experts `known` from a pass in lower precision. `free` [E] is the room before these rows
-    are placed and is used up here. Taken entries of `scores_NE` become -inf. Returns -1, or the first row that has
-    fewer than k experts open to it. O(N E k).
-    """
-    N, E = scores_NE.shape
-    for r in range(N):
-        row = scores_NE[r]
-        for i in range(k):
-            at = -1
-            if sure_N[r]:
-                at = known_NK[r, i]
-            else:
-                best = -np.inf
-                for e in range(E):
-                    best = max(best, row[e] - prices[e])
-                if best == -np.inf:
-                    return r
-                for e in range(E):
-                    if row[e] - prices[e] >= best - slack and (at < 0 or free[e] > free[at]):
-                        at = e
-            place[r * k + i] = at
-            value[r * k + i] = row[at]
-            row[at] = -np.inf
-            free[at] -= 1
-    return -1
+def mean_margin(margin_T: Floats) -> float:
+    """Mean over the tokens with a second expert; 0 if none has."""
+    total = 0.0
+    count = 0
+    for t in range(margin_T.shape[0]):
+        if margin_T[t] < np.inf:
+            total += margin_T[t]
+            count += 1
+    return total / max(count, 1)

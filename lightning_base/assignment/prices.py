@@ -14,12 +14,13 @@ from lightning_base.assignment.kernel import kernel
 F64 = NDArray[np.float64]
 
 
+lowest_bit: Any = trailing_zeros  # its index
 NONE: Any = np.uint64(0)
 ONE: Any = np.uint64(1)
 
 
 @kernel
-def _above(scores: NDArray[np.floating], prices: NDArray[np.floating], floor: float) -> Any:
+def _above(scores: NDArray[np.floating], prices: NDArray[np.floating], floor: Any) -> Any:
     """The experts, at most 64, with s - p above the floor, one bit each: without a branch, so it vectorises."""
     bits = NONE
     for e in range(scores.shape[0]):
@@ -95,7 +96,7 @@ def newton_step(
         for first in range(0, E, 64):
             near = _above(row[first : first + 64], rounded[first : first + 64], floor)
             while near != NONE:
-                e: Any = first + np.int64(trailing_zeros(near))
+                e: Any = first + np.int64(lowest_bit(near))
                 near &= near - ONE
                 v = row[e] - prices[e]
                 j = n

@@ -5,6 +5,7 @@ Shape suffixes: T tokens, E experts.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -21,12 +22,12 @@ class Loads:
     bonus: int
     k: int  # experts per token
 
-    @property
+    @cached_property
     def target(self) -> NDArray[np.float64]:
         """Mean load of each expert when the bonus is shared evenly, [E]."""
         return self.base.astype(np.float64) + self.bonus / len(self.base)
 
-    @property
+    @cached_property
     def largest(self) -> NDArray[np.int64]:
         """The most tokens each expert may hold, [E]."""
         return self.base + (self.bonus > 0)

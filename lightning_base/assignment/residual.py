@@ -270,9 +270,9 @@ def _push(
 
 @kernel
 def rebalance(
-    open_NE: Floats, value: F64, place: I64, k: int, excess: I64, bonus: I64, num_bonus: int, prices: F64
+    open_NE: Floats, value: F64, place: I64, k: int, excess: I64, bonus: I64, num_bonus: int, enough: int, prices: F64
 ) -> tuple[int, int]:
-    """Move tokens along shortest paths until no expert has too many or too few. Everything is changed in place.
+    """Move tokens along shortest paths until no more than `enough` are too many somewhere. All is changed in place.
 
     `excess` [E] is load minus target, summing to zero; `bonus` [E] says which experts hold one of the `num_bonus` extra
     places; `prices` [E + 1] ends with the price of a bonus place. On entry no slot may gain by moving at these
@@ -303,7 +303,7 @@ def rebalance(
     for e in range(E):
         left += max(excess[e], 0)
     paths = 0
-    while left > 0:
+    while left > enough:
         sources = 0
         for e in range(E):
             sources += 1 if excess[e] > 0 else 0
