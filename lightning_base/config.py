@@ -256,18 +256,18 @@ def check_devices(trainer: TrainerConfig) -> str:
     return accelerator
 
 
-def job_name(override_dirname: str) -> str:
-    """The folder of one job: its overrides, cut with a hash where a file system would refuse the length.
+def job_name(override_dirname: str, seed: int) -> str:
+    """The folder of one job: its overrides, cut with a hash where a file system would refuse the length, and its seed.
 
-    >>> job_name("router=base,seed=2")
-    'router=base,seed=2'
-    >>> job_name("model.width=64,router=base")
-    'router=base,model.width=64'
-    >>> job_name("")
-    'default'
+    The seed is always there, given or not, so that adding seeds to an experiment does not train the first one again.
+
+    >>> job_name("model.width=64,router=base", 2)
+    'router=base,model.width=64,seed=2'
+    >>> job_name("", 1)
+    'seed=1'
     """
     # The router first: it is what one looks for in a listing.
-    name = re.sub(r"^(.*),(router=[^,]*)", r"\2,\1", override_dirname.replace("/", "_")) or "default"
-    if len(name.encode()) <= 120:
-        return name
-    return f"{name[:100]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    name = re.sub(r"^(.*),(router=[^,]*)", r"\2,\1", override_dirname.replace("/", "_"))
+    if len(name.encode()) > 120:
+        name = f"{name[:100]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    return f"{name},seed={seed}" if name else f"seed={seed}"
