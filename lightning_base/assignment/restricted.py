@@ -1,6 +1,6 @@
 """The exact assignment of the tokens that may move, while all others keep their choice; and whether they should.
 
-Legend: T tokens, E experts, K experts per token, N tokens that may move.
+Legend: T tokens, E experts, K experts per token, N rows of tokens that may move.
 """
 
 import numpy as np
@@ -14,58 +14,31 @@ I64 = NDArray[np.int64]
 I32 = NDArray[np.int32]
 Bools = NDArray[np.bool_]
 Floats = NDArray[np.floating]
+Ints = NDArray[np.integer]
 
 NO_EXPERT = 2  # beside the outcomes of `rebalance`
 
 
 @kernel
-def _place(
-    rows_NE: Floats, prices: F64, slack: float, known_NK: I64, sure_N: Bools, free: I64, value: F64, place: I64
-) -> int:  # fmt: skip
-    """Give each row its k best experts in double precision, ties (within `slack`) to the expert with most room left.
-
-    Rows marked `sure` take the experts `known` from a pass in lower precision. `free` [E] is the room before these rows
-    are placed and is used up here. Taken entries of `rows_NE` become -inf. Returns -1, or the first row that has
-    fewer than k experts open to it. O(N E k).
-    """
-    N, E = rows_NE.shape
-    k = known_NK.shape[1]
-    for r in range(N):
-        row = rows_NE[r]
-        for i in range(k):
-            at = -1
-            if sure_N[r]:
-                at = known_NK[r, i]
-            else:
-                best = -np.inf
-                for e in range(E):
-                    best = max(best, row[e] - prices[e])
-                if best == -np.inf:
-                    return r
-                for e in range(E):
-                    if row[e] - prices[e] >= best - slack and (at < 0 or free[e] > free[at]):
-                        at = e
-            place[r * k + i] = at
-            value[r * k + i] = row[at]
-            row[at] = -np.inf
-            free[at] -= 1
-    return -1
+def _place(row: Floats, prices: F64, slack: float, free: I64) -> int:
+    """The best expert of one row in double precision, ties (within `slack`) to the one with most room; -1 if none."""
+    best = -np.inf
+    for e in range(row.shape[0]):
+        best = max(best, row[e] - prices[e])
+    at = -1
+    if best > -np.inf:
+        for e in range(row.shape[0]):
+            if row[e] - prices[e] >= best - slack and (at < 0 or free[e] > free[at]):
+                at = e
+    return at
 
 
 @kernel
-def assign_movable(
-    scores_TE: Floats, chosen_TK: I32, margin_T: Floats, rounding: float, movable_T: Bools, free: I64, num_bonus: int,
-    enough: int, prices: F64, expert_TK: I64,
-) -> tuple[int, int]:  # fmt: skip
-    """Optimal experts of the tokens that may move, and prices [E + 1] (the last is that of a bonus place), in place.
-
-    `free` [E] is the whole places of each expert and is used up. Stops when `enough` tokens are left over. Returns
-    (BALANCED, UNREACHABLE or NO_EXPERT, the number of paths or the token that has no expert).
-    """
-    T, E = scores_TE.shape
-    k = chosen_TK.shape[1]
+def _hand_out_bonus(num_bonus: int, prices: F64, free: I64) -> I64:
+    """Give the bonus places to the dearest experts; the price of a bonus place is that of the cheapest of them."""
+    E = free.shape[0]
     bonus = np.zeros(E, np.int64)
-    for _ in range(num_bonus):  # the dearest experts; `free` stays what it is for sure, the places themselves
+    for _ in range(num_bonus):
         dearest = -1
         for e in range(E):
             if bonus[e] == 0 and (dearest < 0 or prices[e] > prices[dearest]):
@@ -73,38 +46,62 @@ def assign_movable(
         bonus[dearest] = 1
         free[dearest] += 1
         prices[E] = prices[dearest]
-    N = 0
-    for t in range(T):
-        N += 1 if movable_T[t] else 0
-    index = np.empty(N, np.int64)
-    rows_NE = np.empty((N, E), scores_TE.dtype)
-    known_NK = np.empty((N, k), np.int64)
-    sure_N = np.empty(N, np.bool_)
+    return bonus
+
+
+@kernel
+def assign_movable(
+    scores_TE: Floats, chosen_TK: I32, margin_T: Floats, key_T: Ints, rounding: float, movable_T: Bools, free: I64,
+    num_bonus: int, prices: F64, expert_TK: I64,
+) -> tuple[int, int]:  # fmt: skip
+    """Optimal experts of the tokens that may move, and prices [E + 1] (the last is that of a bonus place), in place.
+
+    `chosen` and `margin` come from a pass at these prices that is certain where the margin is above `rounding`; `key`
+    is equal for equal rows. `free` [E] is the places of each expert without bonus, and is used up. Returns (BALANCED,
+    UNREACHABLE or NO_EXPERT, the number of paths or the token that has no expert).
+    """
+    T, E = scores_TE.shape
+    k = chosen_TK.shape[1]
+    bonus = _hand_out_bonus(num_bonus, prices, free)
     slack = 0.0
     for e in range(E):
         slack = max(slack, 2.0**-46 * abs(prices[e]))
-    r = 0
+    N = 0
     for t in range(T):
         for i in range(k):
             expert_TK[t, i] = chosen_TK[t, i]
-        if movable_T[t]:
-            index[r] = t
-            rows_NE[r] = scores_TE[t]
-            known_NK[r] = expert_TK[t]
-            sure_N[r] = margin_T[t] > max(rounding, slack)
-            r += 1
-        else:
-            for i in range(k):
+            if not movable_T[t]:
                 free[chosen_TK[t, i]] -= 1
+        N += 1 if movable_T[t] else 0
+    index = np.empty(N, np.int64)
+    open_NE = scores_TE if k == 1 else np.empty((N, E), scores_TE.dtype)  # with k > 1 taken pairs are crossed out
+    key = np.empty(N * k, np.int64)
+    row = np.empty(N * k, np.int64)
     value = np.empty(N * k)
     place = np.empty(N * k, np.int64)
-    bad = _place(rows_NE, prices, slack, known_NK, sure_N, free, value, place)
-    if bad >= 0:
-        return NO_EXPERT, index[bad]
-    status, paths = rebalance(rows_NE, value, place, k, -free, bonus, num_bonus, enough, prices)
-    for r in range(N):
-        for i in range(k):
-            expert_TK[index[r], i] = place[r * k + i]
+    slot = 0
+    for t in range(T):
+        if movable_T[t]:
+            r = t if k == 1 else slot // k
+            if k > 1:
+                open_NE[r] = scores_TE[t]
+            sure = margin_T[t] > max(rounding, slack)
+            index[slot // k] = t
+            for i in range(k):
+                at = np.int64(chosen_TK[t, i]) if sure else _place(open_NE[r], prices, slack, free)
+                if at < 0:
+                    return NO_EXPERT, t
+                key[slot] = key_T[t]
+                row[slot] = r
+                value[slot] = open_NE[r, at]
+                place[slot] = at
+                free[at] -= 1
+                slot += 1
+                if k > 1:
+                    open_NE[r, at] = -np.inf
+    status, paths = rebalance(open_NE, key, row, value, place, k, -free, bonus, num_bonus, prices)
+    for slot in range(N * k):
+        expert_TK[index[slot // k], slot % k] = place[slot]
     return status, paths
 
 

@@ -122,37 +122,37 @@ def balanced_assignment(
     loads = even_loads(T, E, k) if capacities is None else given_loads(capacities, T, E, k)
     scores = scores.detach()
     work = scores if scores.dtype in (torch.float32, torch.float64) else scores.float()  # exact, and quicker to read
-    exponent = _checked_exponent(work)
+    exponent, lowest = _checked_magnitude(work)
     if exponent != 0:
         work = torch.ldexp(work.double(), torch.tensor(-exponent))
-    open_E = torch.from_numpy(loads.largest > 0).to(scores.device)
-    if solver != "greedy":
+    open_E = None if int(loads.largest.min()) > 0 else torch.from_numpy(loads.largest > 0).to(scores.device)
+    if solver != "greedy" and (open_E is not None or lowest == -math.inf):
         _check_open_pairs(work, open_E, k)
     if prices is not None:
         prices = torch.ldexp(_checked_prices(prices, E), torch.tensor(-exponent))
     if T == 0:
         answer = Answer(torch.empty(0, k, dtype=torch.int64), None)
-    elif solver == "greedy" or bool(open_E.all()):
+    elif solver == "greedy" or open_E is None:
         answer = SOLVERS[solver](work, loads, prices, **options)
     else:
         answer = _without_closed(SOLVERS[solver], work, loads, prices, open_E, options)
     expert = answer.expert.to(scores.device)
     found = torch.zeros(E, dtype=torch.float64) if answer.prices is None else answer.prices.to("cpu", torch.float64)
     found = torch.ldexp(found - found.mean(), torch.tensor(exponent)).to(scores.device)
-    objective = float(scores.gather(1, expert).double().sum()) if T else 0.0
+    objective = float(scores.gather(1, expert).sum(dtype=torch.float64)) if T else 0.0
     gap = dual_bound(scores, found, loads) - objective if certificate else None
     return Assignment(expert if k > 1 else expert[:, 0], found, objective, gap)
 
 
-def _checked_exponent(scores_TE: Tensor) -> int:
-    """0 if the largest score has an ordinary magnitude, otherwise the power of two that brings it to one.
+def _checked_magnitude(scores_TE: Tensor) -> tuple[int, float]:
+    """0 if the largest score has an ordinary magnitude, otherwise the power of two that brings it to one; the minimum.
 
     Scaling by a power of two is exact, and then no sum or difference can overflow. NaN and +inf are errors that name
     the first row; everything else is a score or a forbidden pair.
     """
     if scores_TE.numel() == 0:
-        return 0
-    low, high = (float(x) for x in scores_TE.aminmax())
+        return 0, 0.0
+    low, high = float(scores_TE.amin()), float(scores_TE.amax())  # both at once takes longer
     if math.isnan(high) or high == math.inf:
         name = "NaN" if math.isnan(high) else "+inf"
         bad = scores_TE.isnan() if math.isnan(high) else scores_TE == math.inf
@@ -163,14 +163,13 @@ def _checked_exponent(scores_TE: Tensor) -> int:
     magnitude = max(abs(low), abs(high))
     if low == -math.inf:
         magnitude = float(scores_TE.abs().where(scores_TE.isfinite(), 0.0).amax())
-    return 0 if magnitude == 0 or 2.0**-60 < magnitude < 2.0**60 else math.frexp(magnitude)[1]
+    return 0 if magnitude == 0 or 2.0**-60 < magnitude < 2.0**60 else math.frexp(magnitude)[1], low
 
 
-def _check_open_pairs(scores_TE: Tensor, open_E: Tensor, k: int) -> None:
+def _check_open_pairs(scores_TE: Tensor, open_E: Tensor | None, k: int) -> None:
     """Every token needs k open experts that are not forbidden to it; the first that has fewer is named."""
-    if scores_TE.numel() == 0 or bool((scores_TE.amin() > -math.inf) & open_E.all()):
-        return
-    few = ((scores_TE > -math.inf) & open_E).sum(1) < k
+    open_TE = scores_TE > -math.inf
+    few = (open_TE if open_E is None else open_TE & open_E).sum(1) < k
     if bool(few.any()):
         token = int(few.nonzero()[0])
         raise ValueError(

@@ -21,7 +21,7 @@ SAMPLE = 8  # every eighth token prices the experts for all
 SMALL = 2**12  # up to so many scores, shortest paths alone are quickest
 NEWTON = (1.0, 0.5, 0.25)  # smoothing of the Newton steps, in mean margins
 ROUNDS = 4
-ENOUGH = 0
+KEY = {4: np.int32, 8: np.int64}  # equal rows have equal margins, and few others do
 
 
 def solve_transport(scores_TE: Floats, loads: Loads, start_E: F64 | None) -> tuple[I64, F64]:
@@ -55,7 +55,7 @@ def _price_by_sample(choice: Choice, loads: Loads) -> F64:
     sample = Choice(np.ascontiguousarray(choice.scores_TE[::SAMPLE]), loads.k)
     sample_loads = _share(loads, len(sample.scores_TE), T)
     prices = _price_by_sample(sample, sample_loads)
-    _, prices, _ = _shortest_paths(sample, sample_loads, prices, np.ones(len(sample.scores_TE), bool), ENOUGH)
+    _, prices, _ = _shortest_paths(sample, sample_loads, prices, np.ones(len(sample.scores_TE), bool))
     return _newton(choice, loads, prices, warm=False)
 
 
@@ -105,15 +105,13 @@ def _assign(choice: Choice, loads: Loads, prices: F64) -> tuple[I64, F64, bool]:
     raise AssertionError("the last round frees every token")
 
 
-def _shortest_paths(
-    choice: Choice, loads: Loads, prices: F64, may_move: NDArray[np.bool_], enough: int = 0
-) -> tuple[I64, F64, bool]:
+def _shortest_paths(choice: Choice, loads: Loads, prices: F64, may_move: NDArray[np.bool_]) -> tuple[I64, F64, bool]:
     """Optimal assignment when only some tokens may move and all others keep their choice, and whether there is one."""
     extended = np.append(prices, 0.0)
     expert = np.empty(choice.chosen_TK.shape, np.int64)
     status, token = assign_movable(
-        choice.scores_TE, choice.chosen_TK, choice.margin_T, choice.rounding, may_move, loads.base.copy(), loads.bonus,
-        enough, extended, expert,
+        choice.scores_TE, choice.chosen_TK, choice.margin_T, choice.margin_T.view(KEY[choice.margin_T.itemsize]),
+        choice.rounding, may_move, loads.base.copy(), loads.bonus, extended, expert,
     )  # fmt: skip
     if status == NO_EXPERT:
         raise ValueError(f"scores: token {token} has fewer than k = {loads.k} experts that are not forbidden (-inf)")
