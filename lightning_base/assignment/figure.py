@@ -56,8 +56,9 @@ def stages() -> tuple[list[str], list[int]]:
     names.append("prices of\na sample")
     excess.append(choice.excess(loads))
     scale = float(choice.margin_T.mean())
-    for step, factor in enumerate(transport.NEWTON, start=1):
-        newton_step(scores, choice.chosen_TK[:, 0], choice.margin_T, loads.target, scale * factor, prices)
+    for step, (factor, every) in enumerate(transport.NEWTON, start=1):
+        tau = scale * factor
+        newton_step(scores, choice.chosen_TK[:, 0], choice.margin_T, choice.load_E, loads.target, tau, every, prices)
         choice.at(prices)
         names.append(f"Newton {step}")
         excess.append(choice.excess(loads))

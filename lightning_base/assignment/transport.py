@@ -17,9 +17,9 @@ Floats = NDArray[np.floating]
 F64 = NDArray[np.float64]
 I64 = NDArray[np.int64]
 
-SAMPLE = 8  # every eighth token prices the experts for all
-SMALL = 2**12  # up to so many scores, shortest paths alone are quickest
-NEWTON = (1.0, 0.5, 0.25)  # smoothing of the Newton steps, in mean margins
+SAMPLE = 16  # one token in so many prices the experts for all
+SMALL = 2**11  # up to so many scores, shortest paths alone are quickest
+NEWTON = ((1.0, 8), (0.5, 4), (0.25, 1))  # smoothing of each step in mean margins; one token in so many smoothed
 ROUNDS = 4
 KEY = {4: np.int32, 8: np.int64}  # equal rows have equal margins, and few others do
 
@@ -27,12 +27,12 @@ KEY = {4: np.int32, 8: np.int64}  # equal rows have equal margins, and few other
 def solve_transport(scores_TE: Floats, loads: Loads, start_E: F64 | None) -> tuple[I64, F64]:
     """Exact assignment [T, k] and prices [E] of C-contiguous scores without NaN or +inf, every capacity at least one.
 
-    1. Prices: those given, or those of every eighth token, found the same way; then a few Newton steps on all tokens.
+    1. Prices: those given, or those of a sample of the tokens, found the same way; then Newton steps on all tokens.
     2. Every token to its best experts at these prices. Those with a small margin may still move; the others are held.
     3. Successive shortest paths among those who may move.
     4. If some held token would now rather be elsewhere, it may move too, and 2 and 3 are repeated at the new prices.
 
-    Bound: the samples have log_8 T levels; each has at most `len(NEWTON)` steps; 2 to 4 are done at most `ROUNDS`
+    Bound: the samples have log_16 T levels; each has at most `len(NEWTON)` steps; 2 to 4 are done at most `ROUNDS`
     times, the last time with every token free to move, when there is nothing left to check.
 
     Raises ValueError if the forbidden pairs (-inf) leave no assignment.
@@ -75,10 +75,13 @@ def _newton(choice: Choice, loads: Loads, prices: F64, warm: bool) -> F64:
     if loads.k > 1 or T * E <= SMALL:
         return prices
     scale = mean_margin(choice.margin_T)
-    for factor in NEWTON[1:] if warm else NEWTON:
-        if scale == 0.0 or 2 * choice.excess(loads) <= E:
+    for factor, every in NEWTON[1:] if warm else NEWTON:
+        if scale == 0.0 or choice.excess(loads) <= max(E // 2, T // 100):
             break
-        newton_step(choice.scores_TE, choice.chosen_TK[:, 0], choice.margin_T, loads.target, scale * factor, prices)
+        newton_step(
+            choice.scores_TE, choice.chosen_TK[:, 0], choice.margin_T, choice.load_E, loads.target, scale * factor,
+            every if T >= 16 * E else 1, prices,
+        )  # fmt: skip
         choice.at(prices)
     return prices
 
