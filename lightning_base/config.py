@@ -123,6 +123,7 @@ class TrainerConfig:
     threads: int | None = None
     progress_bar: bool = True
     detect_anomaly: bool = False
+    record_plans: bool = False
 
     def __post_init__(self) -> None:
         counts = ("max_steps", "devices", "num_nodes", "accumulate_grad_batches", "log_every_n_steps")
@@ -205,6 +206,7 @@ def _check_across(config: Config) -> None:
 
     router = config.build_router()
     router.check_group(config.data.routing_group * config.data.sequence_length)
+    router.check_run(dataclasses.asdict(config))
     if config.model.width % 8:
         raise ConfigError(f"model.width={config.model.width} is no multiple of 8, which the grouped matmul needs")
     if config.model.split_width and config.model.ffn_width % router.top_k:

@@ -26,6 +26,7 @@ from lightning_base.callbacks.clock import TrainingClock
 from lightning_base.callbacks.expert_load import ExpertLoadLogger
 from lightning_base.callbacks.metrics_csv import MetricsCsv
 from lightning_base.callbacks.progress import ArmProgressBar
+from lightning_base.callbacks.recording import PlanRecorder
 from lightning_base.callbacks.saving import PeriodicCheckpoint, PreemptedError, Preemption
 from lightning_base.config import Config, check_devices, read_config
 from lightning_base.data import Corpus, TextDataModule
@@ -67,6 +68,8 @@ def run(config: Config, directory: Path) -> Result:
         loggers.insert(0, TensorBoardLogger(directory, name="", version="tensorboard", default_hp_metric=False))
     callbacks: list[pl.Callback] = [clock, fingerprint, load, Certificate(job, plain)]
     callbacks.append(AssignmentMonitor(every))
+    if config.trainer.record_plans:
+        callbacks.append(PlanRecorder(job))
     if config.trainer.progress_bar:
         callbacks.append(ArmProgressBar(job))
     # Last, so that a checkpoint holds what the others have counted up to this step.

@@ -24,6 +24,9 @@ def count_flops(module: LanguageModel, batch: Mapping[str, Tensor]) -> dict[str,
     model = module.model
     was_training = model.training
     model.train()
+    routers = [layer.router for layer in model.sparse_layers.values()]
+    for router in routers:
+        router.rehearsal = True
     # The fused attention kernel of the CPU is unknown to the counter; the plain one is made of products it knows.
     counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten._grouped_mm: grouped_matmul_flops})
     try:
@@ -32,6 +35,8 @@ def count_flops(module: LanguageModel, batch: Mapping[str, Tensor]) -> dict[str,
             loss = cross_entropy(output.logits.flatten(0, 1).float(), batch["input_ids"].flatten())
             loss.backward()
     finally:
+        for router in routers:
+            router.rehearsal = False
         model.train(was_training)
         model.zero_grad(set_to_none=True)
     total = counter.get_total_flops()

@@ -1,6 +1,7 @@
 """Router: what every routing algorithm is to the rest of the code."""
 
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 from jaxtyping import Int64
 from torch import Tensor, nn
@@ -26,6 +27,8 @@ class Router(nn.Module):
         evaluation_modes: the ways this router can route in evaluation; the first is the default.
         refused_options: options that other routers have and this one cannot have, each with the reason.
         layer: the name of the layer this router works for, once it is part of a model.
+        any_text: False for a router that knows what to do with the text of its run alone, so that it cannot be probed.
+        rehearsal: True during a pass that belongs to no step, such as the one in which FLOPs are counted.
     """
 
     causal: bool = True
@@ -34,6 +37,8 @@ class Router(nn.Module):
     evaluation_modes: ClassVar[tuple[str, ...]] = ("default",)
     refused_options: ClassVar[dict[str, str]] = {}
     layer: str = ""
+    any_text: ClassVar[bool] = True
+    rehearsal: bool = False
 
     def __init__(self, *, num_experts: int, top_k: int = 1) -> None:
         super().__init__()
@@ -55,6 +60,9 @@ class Router(nn.Module):
                 f"router.num_experts={self.num_experts} exceeds the {tokens} tokens of a routing group "
                 "(data.routing_group x data.sequence_length): use fewer experts or a larger group"
             )
+
+    def check_run(self, config: Mapping[str, Any]) -> None:
+        """Raises ValueError if the run of this whole configuration is not one this router can work in."""
 
     def prepare(self, token_counts: Int64[Tensor, " V"]) -> None:
         """Told once, before training, how often each token occurs in the training text; most need not know."""
