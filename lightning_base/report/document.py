@@ -10,9 +10,10 @@ import yaml
 
 from lightning_base.report.fairness import Arm, Comparison, compare, differences
 from lightning_base.report.labels import arm_labels, comparison_titles, short
+from lightning_base.report.questions import question_tables
 from lightning_base.report.read import Experiment, LeftOut, ReportError, Run, read_experiment
 from lightning_base.report.summary import cautions, listed, summarize
-from lightning_base.report.table import Table, balance_table, main_table
+from lightning_base.report.table import Table, balance_table, cost_table, summary_table
 from lightning_base.report.verify import problems
 
 
@@ -99,7 +100,12 @@ def section(comparison: Comparison, title: str, first: Comparison, first_title: 
         summary=summarize(comparison, labels),
         cautions=cautions(comparison, labels),
         apart=apart,
-        tables=[main_table(comparison, labels), balance_table(comparison, labels)],
+        tables=[
+            summary_table(comparison, labels),
+            cost_table(comparison, labels),
+            balance_table(comparison, labels),
+            *question_tables(comparison, labels),
+        ],
         details=[
             details(label, run, arm) for label, arm in zip(labels, comparison.arms, strict=True) for run in arm.runs
         ],

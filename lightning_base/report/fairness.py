@@ -15,7 +15,15 @@ from lightning_base.report.read import Run
 # The router's own side of the configuration: what a comparison is about.
 ROUTER = ("router", "module.loss_coefficients")
 # Names and places; they change nothing that is computed.
-NAMING = ("name", "runs_dir", "data.cache_dir", "trainer.progress_bar", "trainer.record_plans", "logger")
+NAMING = (
+    "name",
+    "runs_dir",
+    "data.cache_dir",
+    "trainer.progress_bar",
+    "trainer.record_plans",
+    "trainer.keep_checkpoints",
+    "logger",
+)
 # How the same numbers are computed: by how many processes and threads, in which portions. Only speed depends on it.
 EXECUTION = (
     "trainer.devices",

@@ -43,6 +43,8 @@ def pictures(comparison: Comparison, labels: Sequence[str]) -> list[Picture]:
             *loss_curves(comparison.arms, labels, looks),
             *load_bars(comparison.arms, labels, looks),
             *load_heatmaps(comparison.arms, labels),
+            *drops_by_position(comparison.arms, labels, looks),
+            *time_bars(comparison.arms, labels),
         ]
 
 
@@ -199,6 +201,81 @@ HEAT_CAPTION = (
     "Assignments that asked for each expert in the logged optimizer steps, before any drop, relative to an even share: "
     "grey is even, yellow is twice an even share or more, dark blue is none. Arms with a single expert are not shown."
 )
+
+
+def drops_by_position(arms: Sequence[Arm], labels: Sequence[str], looks: Sequence[Style]) -> Iterator[Picture]:
+    """Drop rate against the place in the routing group, in training and in evaluation, for arms that drop."""
+    stages = {"train_step": "training", "final_pass": "evaluation"}
+    figure = Figure(figsize=(7.6, 3.6), layout="constrained")
+    grid = figure.subplots(1, 2, sharey=True)
+    dropping: dict[str, Any] = {}
+    for axes, (stage, title) in zip(grid, stages.items(), strict=True):
+        for i, (arm, look) in enumerate(zip(arms, looks, strict=True)):
+            counts = [np.sum(list(run.drops[stage].values()), 0) for run in arm.runs if run.drops.get(stage)]
+            if not counts or not np.sum(counts, 0)[1].any():
+                continue
+            asked_N, dropped_N = np.sum(counts, 0)
+            x = 100 * (np.arange(len(asked_N)) + 0.5) / len(asked_N)
+            (line,) = axes.plot(
+                x, 100 * dropped_N / np.maximum(asked_N, 1), color=look.color, marker=look.marker, ls=look.line, ms=4
+            )
+            dropping.setdefault(labels[i], line)
+        axes.set_title(title, fontsize=11, loc="left")
+        axes.set_ylim(bottom=0)
+    if not dropping:
+        return
+    figure.supxlabel("place in the routing group [%]", fontsize=11)
+    grid[0].set_ylabel("dropped [%]")
+    figure.legend(dropping.values(), dropping, loc="outside lower center", frameon=False, ncols=legend_columns(labels))
+    caption = (
+        "Share of the assignments asked for that found their expert full, by the token's place in its routing group, "
+        "over all layers and logged steps. Who serves in order drops late tokens: an expert's queue tells how many "
+        "came before. Arms that drop nothing are not shown."
+    )
+    yield render("drops_by_position", "Drops by position", caption, figure)
+
+
+# From the sparse layers' phases to the rest of the step.
+PHASES = {
+    "router": "#0072B2",
+    "assignment": "#56B4E9",
+    "dispatch": "#009E73",
+    "experts": "#D55E00",
+    "combine": "#E69F00",
+    "other_forward": "#BBBBBB",
+    "waiting": "#CC79A7",
+    "backward_and_optimizer": "#777777",
+}
+
+
+def time_bars(arms: Sequence[Arm], labels: Sequence[str]) -> Iterator[Picture]:
+    """The parts of a training step in milliseconds: a bar per arm."""
+    taken = [[phase_time(arm, phase) for phase in PHASES] for arm in arms]
+    shown = [i for i, times in enumerate(taken) if any(times)]
+    if not shown:
+        return
+    figure = Figure(figsize=(7.6, 1.4 + 0.34 * len(shown)), layout="constrained")
+    axes = figure.subplots()
+    left = np.zeros(len(shown))
+    for j, (phase, color) in enumerate(PHASES.items()):
+        width = np.array([1e3 * taken[i][j] for i in shown])
+        axes.barh([labels[i] for i in shown], width, left=left, color=color, label=phase.replace("_", " "), height=0.7)
+        left += width
+    axes.invert_yaxis()
+    axes.grid(axis="y", visible=False)
+    axes.set_xlabel("time of a training step [ms]")
+    figure.legend(loc="outside lower center", frameon=False, ncols=4, fontsize=10)
+    caption = (
+        "Mean over the logged steps after the first and over processes. The first five are the sparse layers in the "
+        "forward pass; their backward pass is in the last part."
+    )
+    yield render("step_time", "Where the time of a step goes", caption, figure)
+
+
+def phase_time(arm: Arm, phase: str) -> float:
+    """Seconds of a phase per step, mean over logged steps after the first and over seeds; 0 if it was not measured."""
+    series = [run.series[f"train_time/{phase}"].values for run in arm.runs if f"train_time/{phase}" in run.series]
+    return float(np.mean([np.mean(values[1:] if len(values) > 1 else values) for values in series])) if series else 0.0
 
 
 def relative(run: Run, stage: str, layer: str) -> np.ndarray:

@@ -196,3 +196,34 @@ MEASURES: Sequence[Measure] = (
     ),
     Measure("drop rate", ROUTING, "dropped / assignments asked for (tokens * k * layers)", drop_rate, percent),
 )
+
+
+def leak(run: Run) -> float | None:
+    """The share of earlier tokens that hear of later ones in the way of evaluation that counts."""
+    return result("final_causality/leak_evaluation_any/max")(run)
+
+
+def fullest_expert(run: Run) -> float | None:
+    return run.mean("train_group/max_vio/load/mean")
+
+
+BY_HEADING = {measure.heading: measure for measure in MEASURES}
+SUMMARY: Sequence[Measure] = (
+    *(BY_HEADING[heading] for heading in ("validation loss", "under unigram", "tokens/s", "FLOPs/token", "k")),
+    Measure(
+        "max_vio",
+        ROUTING,
+        "(max n - mean n) / mean n of the load in a routing group, mean over layers and logged steps; 0 is even",
+        fullest_expert,
+        number(3),
+    ),
+    BY_HEADING["drop rate"],
+    Measure(
+        "leak",
+        "Evaluation",
+        "share of earlier tokens whose expert, gate or drop changes when only later tokens change, worst layer; above "
+        "0, the validation loss is not that of a language model",
+        leak,
+        percent,
+    ),
+)

@@ -44,6 +44,8 @@ BODY = """\
 {% for text in section.cautions %}<p class="caution">{{ text }}</p>{% endfor %}
 {% for table in section.tables %}
 <h3>{{ table.title }}</h3>
+{% if table.lead %}<p class="note">{{ table.lead }}</p>
+{% endif %}
 <div class="scroll" tabindex="0" role="region" aria-label="{{ table.title }}">
 <table>
 <thead>

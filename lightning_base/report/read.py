@@ -53,6 +53,8 @@ class Run:
     overrides: list[str]
     series: dict[str, Series]
     counts: dict[str, dict[str, Counts]]
+    drops: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
+    """Assignments asked for and dropped by place in the routing group, [2, N bins], by stage and layer."""
 
     @property
     def name(self) -> str:
@@ -151,6 +153,7 @@ def read_job(path: Path, label: str) -> Run | LeftOut:
             overrides=read_overrides(job.config.with_name("overrides.yaml")),
             series=read_series(path / "metrics.csv"),
             counts=read_counts(path / "expert_load.csv"),
+            drops=read_drops(path / "drop_by_position.csv"),
         )
     except UnreadableError as error:
         return LeftOut(path.name, label, "refused", str(error))
@@ -224,6 +227,22 @@ def read_counts(path: Path) -> dict[str, dict[str, Counts]]:
             raise UnreadableError(f"expert_load.csv lacks rows of {stage}, {layer}")
         table_S2E = np.array([[by_step[s][e] for e in range(max(widths))] for s in by_step])
         found.setdefault(stage, {})[layer] = Counts(np.array(list(by_step)), table_S2E[..., 0], table_S2E[..., 1])
+    return found
+
+
+def read_drops(path: Path) -> dict[str, dict[str, np.ndarray]]:
+    """The counts of drop_by_position.csv, summed over steps, by stage and layer; {} if the file is not there."""
+    if not path.exists():
+        return {}
+    cells: dict[tuple[str, str], dict[int, np.ndarray]] = {}
+    for _, stage, layer, place, asked, dropped in read_rows(
+        path, ("step", "stage", "layer", "bin", "asked", "dropped")
+    ):
+        by_bin = cells.setdefault((stage, layer), {})
+        by_bin[int(place)] = by_bin.get(int(place), 0) + np.array([int(asked), int(dropped)])
+    found: dict[str, dict[str, np.ndarray]] = {}
+    for (stage, layer), by_bin in cells.items():
+        found.setdefault(stage, {})[layer] = np.stack([by_bin[place] for place in sorted(by_bin)], 1)
     return found
 
 

@@ -4,7 +4,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from lightning_base.report.fairness import Arm, Comparison
-from lightning_base.report.measures import DASH, MEASURES, Reader, cell, final_loss, mean, number, percent, result
+from lightning_base.report.measures import (
+    DASH,
+    MEASURES,
+    SUMMARY,
+    Measure,
+    Reader,
+    cell,
+    final_loss,
+    mean,
+    number,
+    percent,
+    result,
+)
 from lightning_base.report.read import Run
 
 NOT_CAUSAL_IN_TRAINING, NOT_CAUSAL_IN_EVALUATION = "†", "‡"
@@ -22,26 +34,40 @@ class Column:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of cells; the first cell of a row is its heading. ``strong`` holds (row, column) of the best."""
+    """Rows of cells; the first cell of a row is its heading. ``strong`` holds (row, column) of the best.
+
+    ``lead`` says, above the table, what was measured.
+    """
 
     title: str
     columns: list[Column]
     rows: list[list[str]]
     notes: list[str] = field(default_factory=list)
     strong: frozenset[tuple[int, int]] = frozenset()
+    lead: str = ""
 
 
-def main_table(comparison: Comparison, labels: Sequence[str]) -> Table:
-    """Quality, speed, cost and drops: one row per arm."""
+def summary_table(comparison: Comparison, labels: Sequence[str]) -> Table:
+    """The few numbers to look at first: one row per arm."""
+    return arms_table("Summary", SUMMARY, comparison, labels)
+
+
+def cost_table(comparison: Comparison, labels: Sequence[str]) -> Table:
+    """All of quality, speed, cost and drops: one row per arm."""
+    return arms_table("Quality and cost", MEASURES, comparison, labels)
+
+
+def arms_table(title: str, measures: Sequence[Measure], comparison: Comparison, labels: Sequence[str]) -> Table:
+    """A row per arm, a column per measure, of which the first is the validation loss."""
     arms = comparison.arms
     seeds = len(comparison.seeds) > 1
     columns = [Column("arm"), *([Column("n", "", "seeds trained")] if seeds else [])]
-    columns += [Column(measure.heading, measure.group, measure.help) for measure in MEASURES]
+    columns += [Column(measure.heading, measure.group, measure.help) for measure in measures]
     rows = [
         [
             marked(label, arm),
             *([str(len(arm.runs))] if seeds else []),
-            *(cell(arm, measure.read, measure.form) for measure in MEASURES),
+            *(cell(arm, measure.read, measure.form) for measure in measures),
         ]
         for label, arm in zip(labels, arms, strict=True)
     ]
@@ -52,7 +78,7 @@ def main_table(comparison: Comparison, labels: Sequence[str]) -> Table:
     notes = footnotes(arms)
     if seeds:
         notes.append("Mean ± sample standard deviation over n seeds.")
-    return Table("Quality and cost", columns, rows, notes, frozenset(best))
+    return Table(title, columns, rows, notes, frozenset(best))
 
 
 def marked(label: str, arm: Arm) -> str:
@@ -131,11 +157,21 @@ LOSS_HELP = "validation loss [nats per token] when routed this way"
 
 def scopes(arm: Arm) -> list[Scope]:
     """Training, the evaluation that counts, and every other evaluation mode that was measured."""
-    modes = sorted({name.split("/")[0] for run in arm.runs for name in run.manifest["result"]} - {"final"})
-    # The mode that is measured for comparison has a name; BASE's default next to it is the greedy one.
-    usual = "evaluation, greedy" if "final_balanced" in modes else "evaluation"
+    modes = evaluation_modes(arm)
+    usual = f"evaluation, {usual_mode(arm)}" if modes else "evaluation"
     others = [Scope(f"evaluation, {mode.removeprefix('final_')}", f"{mode}_pass") for mode in modes]
     return [*TRAINING, Scope(usual, "final_pass"), *others]
+
+
+def evaluation_modes(arm: Arm) -> list[str]:
+    """``final_<mode>`` of every way of routing in evaluation but the usual one."""
+    names = {name for run in arm.runs for name in run.manifest["result"] if name.endswith("/loss")}
+    return sorted(name.split("/")[0] for name in names - {"final/loss"})
+
+
+def usual_mode(arm: Arm) -> str:
+    """What the usual way of routing in evaluation is called beside the others."""
+    return "greedy" if "final_balanced" in evaluation_modes(arm) else "as usual"
 
 
 def balance(scope: Scope, name: str, side: str) -> Reader:

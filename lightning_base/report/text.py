@@ -33,7 +33,8 @@ def markdown_section(section: Section, drawn: Sequence[Picture], folder: str, se
     lines += [f"**{escape(section.summary[0])}**", "", *(f"- {escape(line)}" for line in section.summary[1:]), ""]
     lines += [line for text in section.cautions for line in (f"> **{escape(text)}**", "")]
     for table in section.tables:
-        lines += [f"### {escape(table.title)}", "", *markdown_table(table), ""]
+        lines += [f"### {escape(table.title)}", "", *([escape(table.lead), ""] if table.lead else [])]
+        lines += [*markdown_table(table), ""]
         lines += [line for note in table.notes for line in (escape(note), "")]
     for picture in drawn:
         name, title = f"{folder}/{picture.name}.png", escape(picture.title)

@@ -56,7 +56,7 @@ def test_page_markdown_and_terminal_show_the_same_numbers(experiment: Path, caps
     page = Page(write_report(experiment).read_text())
     printed = capsys.readouterr().out
     for text in (page.text, (experiment / "report.md").read_text(), printed):
-        assert all(number in text for number in ("4.5000", "5.0000", "18.75 %", "90.0", "2.2500"))
+        assert all(number in text for number in ("4.5000", "5.0000", "18.75 %", "1.500", "6.000 k"))
     assert "report.html" in printed
     assert "report.md" in printed
 
@@ -162,7 +162,13 @@ def test_a_real_sweep_stands_in_one_table(small_sweep: Path) -> None:
     assert "Not in any table" not in page.text
     assert "evaluation, balanced" in page.text
     assert "exactly even in base" in page.text
-    assert page.tags.count("figure") == 5
+    assert page.tags.count("figure") == 7
+    for title in (
+        "What does balanced routing change?",
+        "Does routing look ahead?",
+        "Where does the time of a step go?",
+    ):
+        assert title in page.text
 
 
 def test_a_real_run_with_an_altered_fingerprint_is_kept_out(small_sweep: Path, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ def cells(table: Table, arm: str) -> dict[str, str]:
 
 def test_quality_and_cost_of_an_arm(experiment: Path) -> None:
     (section,) = build(experiment).sections
-    row = section.tables[0].rows[1]
+    row = section.tables[1].rows[1]
     # exp(4.5) = 90.017; 6.0 - 4.5 nats under the unigram entropy; 3 of 16 assignments dropped in every step.
     expected = ["switch", "4.5000", "1.500", "90.0", "2.2500", "300", "1.000 k", "4.000 k", "6.000 k"]
     assert row == [*expected, "4", "1", "1.25", "64", "12", "18.75 %"]
@@ -25,7 +25,7 @@ def test_quality_and_cost_of_an_arm(experiment: Path) -> None:
 
 def test_balance_in_training_and_in_evaluation(experiment: Path) -> None:
     (section,) = build(experiment).sections
-    assert section.tables[1].rows == [
+    assert section.tables[2].rows == [
         ["base†", "training, one routing group", "0.000", "0.000", "0.000", "0.000", "–", "–"],
         ["base†", "training, one step", "0.000", "0.000", "0.000", "0.000", "–", "–"],
         ["base†", "evaluation, greedy", "1.000", "0.616", "1.000", "0.616", "0.00 %", "5.0000"],
@@ -47,11 +47,11 @@ def test_what_was_not_written_is_a_dash(tmp_path: Path) -> None:
     run = write_run(tmp_path / "only", "TopK", without=("train/tokens_per_second", "train_step/max_vio/load/mean"))
     edit(run / "manifest.json", "corpus>unigram_entropy", None)
     (section,) = build(tmp_path).sections
-    row = cells(section.tables[0], "TopK")
+    row = cells(section.tables[1], "TopK")
     assert row["Speed tokens/s"] == "–"
     assert row["Quality on held-out text under unigram"] == "–"
     assert row["Routing in training capacity factor"] == "–"
-    assert section.tables[1].rows[1][2:6] == ["1.000", "0.612", "–", "0.612"]
+    assert section.tables[2].rows[1][2:6] == ["1.000", "0.612", "–", "0.612"]
 
 
 def test_seeds_of_an_arm_become_mean_and_standard_deviation(tmp_path: Path) -> None:
@@ -71,7 +71,7 @@ def test_seeds_of_an_arm_become_mean_and_standard_deviation(tmp_path: Path) -> N
 def test_the_speed_leaves_out_the_first_window(tmp_path: Path) -> None:
     write_run(tmp_path / "short", "TopK", changes={"trainer.max_steps": 2})
     (section,) = build(tmp_path).sections
-    assert cells(section.tables[0], "TopK")["Speed tokens/s"] == "200"
+    assert cells(section.tables[1], "TopK")["Speed tokens/s"] == "200"
 
 
 @pytest.mark.parametrize(
