@@ -14,12 +14,13 @@ FOLDER = Path(__file__).parents[1] / "conf" / "router"
 # its source alone, and has tests of its own for the same promises.
 ROUTERS = sorted(file.stem for file in FOLDER.glob("*.yaml") if not OmegaConf.missing_keys(OmegaConf.load(file)))
 WIDTH = 16
+VOCABULARY = 100
 
 
 def build_router(name: str, width: int = WIDTH, seed: int = 0, **options: object) -> Router:
     """The router of conf/router/{name}.yaml with ``options`` on top, its parameters drawn."""
     node = {**OmegaConf.to_container(OmegaConf.load(FOLDER / f"{name}.yaml")), **options}
-    router = instantiate(node, "router", Router, width=width)
+    router = instantiate(node, "router", Router, width=width, vocab_size=VOCABULARY)
     initialize(router, seed)
     return router
 
@@ -27,7 +28,8 @@ def build_router(name: str, width: int = WIDTH, seed: int = 0, **options: object
 def random_tokens(count: int, seed: int = 0, width: int = WIDTH) -> tuple[torch.Tensor, torch.Tensor]:
     """Token vectors [count, width], large enough that routers are decided about them, and ids [count]."""
     generator = torch.Generator().manual_seed(seed)
-    return 3 * torch.randn(count, width, generator=generator), torch.randint(0, 100, (count,), generator=generator)
+    tokens = 3 * torch.randn(count, width, generator=generator)
+    return tokens, torch.randint(0, VOCABULARY, (count,), generator=generator)
 
 
 def groups_of(*sizes: int) -> RoutingGroups:

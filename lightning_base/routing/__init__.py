@@ -2,11 +2,33 @@
 
 from lightning_base.routing.balanced import BASE
 from lightning_base.routing.dense import Dense
+from lightning_base.routing.expert_choice import ExpertChoice
+from lightning_base.routing.gshard import GShard
+from lightning_base.routing.hash import Hash
+from lightning_base.routing.noisy_top_k import NoisyTopK
 from lightning_base.routing.plan import RoutingGroups, RoutingPlan
+from lightning_base.routing.random import Random
 from lightning_base.routing.replay import Replay
 from lightning_base.routing.router import Router
+from lightning_base.routing.skewed import Skewed
 from lightning_base.routing.switch import Switch
 from lightning_base.routing.top_k import TopK
 from lightning_base.routing.uniform import Uniform
 
-__all__ = ["BASE", "Dense", "Replay", "Router", "RoutingGroups", "RoutingPlan", "Switch", "TopK", "Uniform"]
+__all__ = [
+    "BASE",
+    "Dense",
+    "ExpertChoice",
+    "GShard",
+    "Hash",
+    "NoisyTopK",
+    "Random",
+    "Replay",
+    "Router",
+    "RoutingGroups",
+    "RoutingPlan",
+    "Skewed",
+    "Switch",
+    "TopK",
+    "Uniform",
+]

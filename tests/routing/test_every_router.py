@@ -18,6 +18,15 @@ ARMS = [pytest.param(name, {}, id=name) for name in ROUTERS] + [
     pytest.param("switch", {"capacity_factor": None, "evaluation_capacity_factor": 0.5}, id="switch-dropless"),
     pytest.param("switch", {"balance_scope": "step"}, id="switch-balanced-over-the-step"),
     pytest.param("switch", {"balance_scope": "sequence"}, id="switch-balanced-by-sequence"),
+    pytest.param("top_k", {"gate": "sigmoid", "balance_scope": "sequence"}, id="top_k-sigmoid"),
+    pytest.param("top_k", {"gate": "sigmoid", "top_k": 1, "renormalize": False}, id="top_k-1-sigmoid"),
+    pytest.param("top_k", {"z_loss": True, "balance_scope": "step"}, id="top_k-with-z-loss"),
+    pytest.param("noisy_top_k", {"num_experts": 4, "top_k": 3}, id="noisy_top_k-3"),
+    pytest.param("gshard", {"capacity_factor": None, "balance_scope": "step"}, id="gshard-dropless"),
+    pytest.param("gshard", {"num_experts": 2, "capacity_factor": 0.5}, id="gshard-of-two"),
+    pytest.param("expert_choice", {"top_k": 1}, id="expert_choice-1"),
+    pytest.param("hash", {"variant": "random"}, id="hash-random"),
+    pytest.param("random", {"top_k": 3}, id="random-3"),
 ]
 every_arm = pytest.mark.parametrize(("name", "options"), ARMS)
 every_mode = pytest.mark.parametrize("mode", MODES)
