@@ -9,13 +9,17 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
+import psutil
+
 # What a rank gets to save and leave after SIGTERM, before SIGKILL; torchrun itself waits 30 s for its workers.
 GRACE_SECONDS = 45
+# How often a job's processes are looked up.
+LOOK_SECONDS = 2
 PREEMPTED = 128 + signal.SIGTERM
 
 
@@ -52,11 +56,12 @@ def launch(arguments: list[str]) -> tuple[int, bool]:
         The tree's exit code, and whether this process was asked to stop by SIGTERM meanwhile.
     """
     child = subprocess.Popen(arguments, start_new_session=True, preexec_fn=die_with_parent, env=_environment())
+    seen: set[psutil.Process] = set()
     try:
         with _forward_signals(child) as received:
-            code = child.wait()
+            code = _wait(child, seen)
     finally:
-        _end_group(child)
+        _end_group(child, seen)
     return code if code >= 0 else 128 - code, signal.SIGTERM in received
 
 
@@ -100,14 +105,37 @@ def _forward_signals(child: subprocess.Popen) -> Iterator[list[int]]:
         raise KeyboardInterrupt
 
 
+def _wait(child: subprocess.Popen, seen: set[psutil.Process]) -> int:
+    """Waits for the root's end and remembers in ``seen`` who belonged to its tree: orphans tell nobody where from."""
+    while True:
+        seen.update(_descendants(child.pid))
+        with suppress(subprocess.TimeoutExpired):
+            return child.wait(timeout=LOOK_SECONDS)
+
+
 def _signal_group(child: subprocess.Popen, number: int) -> None:
-    try:
+    # torchrun puts its workers into sessions of their own: it passes SIGTERM on to them, but cannot pass on SIGKILL.
+    workers = _descendants(child.pid) if number == signal.SIGKILL else []
+    with suppress(ProcessLookupError):  # it may have ended meanwhile
         os.killpg(child.pid, number)
-    except ProcessLookupError:
-        return  # it has ended meanwhile
+    _kill(workers)
 
 
-def _end_group(child: subprocess.Popen) -> None:
+def _kill(processes: Iterable[psutil.Process]) -> None:
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+
+
+def _descendants(pid: int) -> list[psutil.Process]:
+    try:
+        return psutil.Process(pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+
+
+def _end_group(child: subprocess.Popen, seen: set[psutil.Process]) -> None:
     """Kills whatever of the tree outlived its root: the process group is the job's own."""
     _signal_group(child, signal.SIGKILL)
+    _kill(seen)
     child.wait()
