@@ -86,11 +86,16 @@ def interleaved(methods: dict[str, Method], seconds: float, most: int = 25) -> d
 
 def floor_pass(scores_TE: Tensor) -> Method:
     """The pass "best two of s - p" on scores already turned: what one look at every score costs."""
-    from lightning_base.assignment.choice import Choice
+    from lightning_base.assignment.passes import BLOCK, best_two, turn
 
-    choice = Choice(scores_TE.float().contiguous().numpy(), 1)
-    prices = np.zeros(scores_TE.shape[1])
-    return lambda: choice.at(prices)
+    scores = scores_TE.float().contiguous().numpy()
+    T, E = scores.shape
+    blocks = -(-T // BLOCK)
+    turned = np.empty((blocks, E, BLOCK), scores.dtype)
+    turn(scores, 0, blocks, turned)
+    prices, best, margin = np.zeros(E, scores.dtype), np.empty(T, np.int32), np.empty(T, scores.dtype)
+    load = np.zeros(E, np.int64)
+    return lambda: best_two(turned, prices, 0, blocks, best, margin, load)
 
 
 def peers(scores_TE: Tensor) -> dict[str, Method]:

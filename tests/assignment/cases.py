@@ -1,9 +1,12 @@
 """Generated problems for the solver tests, and independent ways to solve them."""
 
 import numpy as np
+import pytest
 import torch
 from scipy.optimize import Bounds, LinearConstraint, milp
 from torch import Tensor
+
+from lightning_base.assignment.examples import EXAMPLES
 
 
 def random_scores(rng: np.random.Generator, num_tokens: int, num_experts: int) -> Tensor:
@@ -31,6 +34,60 @@ def random_scores(rng: np.random.Generator, num_tokens: int, num_experts: int) -
         scores = np.outer(np.arange(num_tokens), np.arange(num_experts)).astype(float)  # Monge: long paths
     dtype = (torch.float32, torch.float64, torch.bfloat16, torch.float16)[rng.integers(2 if kind == 6 else 4)]
     return torch.from_numpy(scores).to(dtype)
+
+
+def router_scores(rng: np.random.Generator, num_tokens: int, num_experts: int) -> Tensor:
+    """One of the kinds of the benchmarks, in any dtype."""
+    kind = list(EXAMPLES.values())[rng.integers(len(EXAMPLES))]
+    scores = kind(num_tokens, num_experts, torch.Generator().manual_seed(int(rng.integers(2**31))))
+    return scores.to((torch.float32, torch.float64, torch.bfloat16, torch.float16)[rng.integers(4)])
+
+
+def adversarial_integers(rng: np.random.Generator, num_tokens: int, num_experts: int) -> Tensor:
+    """Whole scores made to need long paths, large price differences or many ties; their sums are exact in double."""
+    shape = (num_tokens, num_experts)
+    token, expert = np.indices(shape)
+    kind = rng.integers(6)
+    if kind == 0:  # Monge: every path goes through the experts in order
+        scores = token * expert
+    elif kind == 1:  # a chain: each token likes two neighbours, and all crowd at one end
+        home = np.minimum(rng.geometric(0.3, (num_tokens, 1)) - 1, num_experts - 1)
+        scores = np.where(np.isin(expert - home, (0, 1)), 10, 0)
+    elif kind == 2:  # each expert twice as dear as the one before
+        scores = rng.integers(0, 3, shape) * 2**expert
+    elif kind == 3:  # ties everywhere
+        scores = rng.integers(0, 2, shape)
+    elif kind == 4:  # differences in the last bits of large numbers
+        scores = 2**30 + rng.integers(-2, 3, shape)
+    else:  # few kinds of tokens, very unequal in number
+        scores = rng.integers(-9, 10, shape)[np.minimum(rng.geometric(0.2, num_tokens), num_tokens) - 1]
+    return torch.from_numpy(scores.astype(np.float64))
+
+
+def random_start(rng: np.random.Generator, scores: Tensor) -> Tensor | None:
+    """Prices to start from: none, or random ones from plausible to absurd, which must not change the optimum."""
+    if rng.random() < 0.3:
+        return None
+    size = 10.0 ** rng.integers(-3, 4) * max(1e-30, scale_of(scores) / max(1, len(scores)))
+    return torch.from_numpy(size * rng.standard_normal(scores.shape[1]))
+
+
+def min_cost_flow(scores: Tensor, k: int = 1, capacities: np.ndarray | None = None) -> int | None:
+    """Optimal objective of whole scores by OR-tools' min-cost flow in integers, or None if nothing is feasible."""
+    graph = pytest.importorskip("ortools.graph.python.min_cost_flow", reason="needs the bench extra")
+    T, E = scores.shape
+    floor, extra = divmod(T * k, E) if capacities is None else (0, 0)
+    room = np.full(E, floor) if capacities is None else np.asarray(capacities)
+    token, expert = np.nonzero(np.isfinite(scores.double().numpy()))
+    cost = -scores.double().numpy()[token, expert].astype(np.int64)
+    flow = graph.SimpleMinCostFlow()
+    flow.add_arcs_with_capacity_and_unit_cost(token, T + expert, np.ones(len(token), np.int64), cost)
+    experts, free = T + np.arange(E), np.zeros(E, np.int64)
+    flow.add_arcs_with_capacity_and_unit_cost(experts, np.full(E, T + E), room, free)
+    flow.add_arcs_with_capacity_and_unit_cost(experts, np.full(E, T + E + 1), np.full(E, int(extra > 0)), free)
+    supply = np.concatenate([np.full(T, k), free, [extra - T * k, -extra]])
+    flow.set_nodes_supplies(np.arange(T + E + 2), supply)
+    return -flow.optimal_cost() if flow.solve() == flow.OPTIMAL else None
 
 
 def random_capacities(rng: np.random.Generator, num_tokens: int, num_experts: int, k: int) -> np.ndarray:

@@ -1,7 +1,9 @@
 """The public function: what may go in, what comes out, and what must not change the answer."""
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_base.assignment import SOLVERS, balanced_assignment
+from lightning_base.assignment.choice import PARALLEL
 from lightning_base.assignment.examples import EXAMPLES
 from tests.assignment.cases import assert_balanced, random_scores, scale_of
 
@@ -57,6 +60,19 @@ def test_a_constant_per_token_adds_to_the_objective_and_changes_nothing_else(see
     shift = torch.from_numpy(rng.integers(-1000, 1000, len(scores))).double()
     before, after = balanced_assignment(scores), balanced_assignment(scores + shift[:, None])
     assert after.objective == before.objective + float(shift.sum())
+
+
+@given(st.integers(0, 2**32 - 1))
+def test_a_constant_per_expert_moves_its_price_and_not_the_tokens(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    E, each = int(rng.integers(1, 10)), int(rng.integers(1, 12))
+    scores = torch.from_numpy(rng.integers(-100, 100, (E * each, E))).double()
+    shift = torch.from_numpy(rng.integers(-1000, 1000, E)).double()
+    before, after = balanced_assignment(scores), balanced_assignment(scores + shift)
+    assert after.objective == before.objective + each * float(shift.sum())
+    # The shifted prices of one problem prove that the answer to the other is optimal.
+    worth = scores + shift - (before.prices + shift)
+    assert (worth.amax(1) - worth.gather(1, after.expert[:, None])[:, 0]).max() < 1e-9
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(-80, 80))
@@ -111,15 +127,17 @@ def test_the_input_is_not_changed_and_gets_no_gradient() -> None:
     assert torch.equal(scores.detach(), before)
 
 
+@pytest.mark.parametrize("k", [1, 2])
 @pytest.mark.parametrize("kind", EXAMPLES)
-def test_the_number_of_threads_changes_nothing(kind: str) -> None:
+def test_the_number_of_threads_changes_nothing(kind: str, k: int) -> None:
     scores = EXAMPLES[kind](2**15, 80, torch.Generator().manual_seed(3))  # large enough for several threads
+    assert scores.numel() >= PARALLEL
     threads = torch.get_num_threads()
     answers = []
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            answers.append(balanced_assignment(scores))
+            answers.append(balanced_assignment(scores, k=k))
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(a.expert, answers[0].expert) for a in answers)
@@ -268,3 +286,36 @@ def test_importing_the_package_loads_neither_lightning_nor_hydra_nor_numba() -> 
     assert "torch" in loaded
     for name in ("lightning'", "pytorch_lightning", "hydra", "numba"):
         assert name not in loaded
+
+
+def test_the_first_call_on_a_machine_says_that_it_compiles_and_later_ones_are_silent(tmp_path: Path) -> None:
+    program = "import torch; from lightning_base.assignment import balanced_assignment as b; b(torch.zeros(2, 2))"
+    said = [
+        subprocess.run(
+            [sys.executable, "-c", program],
+            env={**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)},
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stderr
+        for _ in range(2)
+    ]
+    assert said[0].count("compiling the exact solver, once per machine") == 1
+    assert said[1] == ""
+
+
+def test_kernels_work_without_a_place_for_their_machine_code(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from lightning_base.assignment import kernel
+
+    def nowhere(function: Any) -> None:
+        raise RuntimeError("cannot cache function: no locator available")
+
+    monkeypatch.setattr(kernel, "_PackageCache", nowhere)
+    assert kernel.kernel(_next)(1) == 2
+    assert "in this process only" in caplog.text
+
+
+def _next(number: int) -> int:
+    return number + 1

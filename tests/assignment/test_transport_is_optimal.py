@@ -1,4 +1,4 @@
-"""The exact solver against three independent ones: scipy's assignment, scipy's integer programme, OR-tools' flow."""
+"""The exact solver against four others: scipy's assignment and integer programme, OR-tools' flow, POT's simplex."""
 
 import numpy as np
 import pytest
@@ -7,10 +7,14 @@ import torch
 from lightning_base.assignment import balanced_assignment
 from lightning_base.assignment.examples import EXAMPLES
 from tests.assignment.cases import (
+    adversarial_integers,
     assert_balanced,
     integer_programme,
+    min_cost_flow,
     random_capacities,
     random_scores,
+    random_start,
+    router_scores,
     scale_of,
 )
 
@@ -76,24 +80,73 @@ def test_several_experts_per_token_equal_the_integer_programme(seed: int) -> Non
 @pytest.mark.parametrize("kind", EXAMPLES)
 @pytest.mark.parametrize(("T", "E"), [(700, 8), (1000, 48), (3000, 24)])
 def test_objective_equals_a_min_cost_flow_on_realistic_scores(kind: str, T: int, E: int) -> None:
-    graph = pytest.importorskip("ortools.graph.python.min_cost_flow", reason="needs the bench extra")
     scores = EXAMPLES[kind](T, E, torch.Generator().manual_seed(T + E))
     # Integer costs, so that the flow solver is exact: the scores are rounded to multiples of 2^-12 for both.
-    cost = (scores.float() * 4096).round().to(torch.int64).numpy()
-    flow = graph.SimpleMinCostFlow()
-    token, expert = np.divmod(np.arange(T * E), E)
-    flow.add_arcs_with_capacity_and_unit_cost(token, T + expert, np.ones(T * E, np.int64), -cost.ravel())
-    floor, extra = divmod(T, E)
-    sinks = np.arange(E)
-    flow.add_arcs_with_capacity_and_unit_cost(T + sinks, np.full(E, T + E), np.full(E, floor), np.zeros(E, np.int64))
-    flow.add_arcs_with_capacity_and_unit_cost(T + sinks, np.full(E, T + E + 1), np.ones(E, int), np.zeros(E, np.int64))
-    supply = np.concatenate([np.ones(T, int), np.zeros(E, int), [-floor * E, -extra]])
-    flow.set_nodes_supplies(np.arange(T + E + 2), supply)
-    assert flow.solve() == flow.OPTIMAL
-    ours = balanced_assignment(torch.from_numpy(cost).double(), certificate=True)
+    whole = (scores.double() * 4096).round()
+    ours = balanced_assignment(whole, certificate=True)
     assert_balanced(ours.expert, E)
-    assert ours.objective == -flow.optimal_cost()
+    assert ours.objective == min_cost_flow(whole)
     assert abs(ours.gap or 0.0) <= 1e-9 * abs(ours.objective)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_adversarial_integers_equal_a_min_cost_flow_exactly(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    infeasible = 0
+    for _ in range(500):
+        T, E = int(rng.integers(1, 200)), int(rng.integers(1, 20))
+        k = int(rng.integers(1, min(E, 4) + 1)) if rng.random() < 0.3 else 1
+        scores = adversarial_integers(rng, T, E)
+        capacities = random_capacities(rng, T, E, k) if rng.random() < 0.3 else None
+        if rng.random() < 0.3:
+            scores[torch.from_numpy(rng.random((T, E)) < rng.choice([0.1, 0.5]))] = -torch.inf
+        expected = min_cost_flow(scores, k, capacities)
+        if expected is None:
+            infeasible += 1
+            with pytest.raises(ValueError, match="forbidden"):
+                balanced_assignment(scores, k=k, capacities=capacities)
+            continue
+        ours = balanced_assignment(
+            scores, k=k, capacities=capacities, prices=random_start(rng, scores), certificate=True
+        )
+        assert_balanced(ours.expert, E, capacities)
+        assert ours.objective == expected
+        assert ours.gap is not None
+        assert abs(ours.gap) <= 1e-9 * (scale_of(scores) + 1) * k
+    assert 0 < infeasible < 250
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_every_kind_and_start_equals_the_oracle_where_samples_and_newton_steps_are_made(seed: int) -> None:
+    # From 2048 scores on: prices from a sample, Newton steps, held tokens. The smaller problems above skip all of it.
+    rng = np.random.default_rng(seed)
+    for _ in range(150):
+        T, E = int(rng.integers(160, 350)), int(rng.integers(13, 30))
+        scores = (random_scores, router_scores, adversarial_integers)[rng.integers(3)](rng, T, E)
+        capacities = random_capacities(rng, T, E, 1) if rng.random() < 0.2 else None
+        oracle = balanced_assignment(scores, capacities=capacities, solver="oracle")
+        for start in (None, random_start(rng, scores)):
+            ours = balanced_assignment(scores, capacities=capacities, prices=start, certificate=True)
+            assert_balanced(ours.expert, E, capacities)
+            assert abs(ours.objective - oracle.objective) <= 1e-9 * abs(oracle.objective) + 1e-14 * scale_of(scores)
+            assert ours.gap is not None
+            assert abs(ours.gap) <= 1e-9 * scale_of(scores)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_real_scores_equal_the_network_simplex_in_double_precision(seed: int) -> None:
+    ot = pytest.importorskip("ot", reason="needs the bench extra")
+    rng = np.random.default_rng(seed)
+    for _ in range(150):
+        E = int(rng.integers(1, 24))
+        T = E * int(rng.integers(1, 20))
+        scores = (random_scores, router_scores)[rng.integers(2)](rng, T, E)
+        capacities = random_capacities(rng, T, E, 1) if rng.random() < 0.3 else np.full(E, T // E)
+        cost = -scores.double().numpy() / max(float(scores.abs().max()), 1e-300)  # its tolerances are absolute
+        plan = ot.emd(np.ones(T), capacities.astype(float), cost, numItermax=10**7)
+        ours = balanced_assignment(scores, capacities=capacities, prices=random_start(rng, scores))
+        earned = cost[np.arange(T), ours.expert.numpy()].sum()
+        assert earned == pytest.approx(float((plan * cost).sum()), abs=1e-9 * T)
 
 
 @pytest.mark.parametrize("kind", EXAMPLES)
