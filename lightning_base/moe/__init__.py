@@ -2,6 +2,6 @@
 
 from lightning_base.moe.dispatch import Dispatcher
 from lightning_base.moe.experts import Experts
-from lightning_base.moe.layer import SparseLayer
+from lightning_base.moe.layer import SparseLayer, set_evaluation_mode
 
-__all__ = ["Dispatcher", "Experts", "SparseLayer"]
+__all__ = ["Dispatcher", "Experts", "SparseLayer", "set_evaluation_mode"]

@@ -45,6 +45,7 @@ class Experts(nn.Module):
         self.activation = ACTIVATIONS[activation]
         self.w1 = nn.ParameterList(torch.empty(num_experts, width, hidden_width) for _ in range(sublayers))
         self.w2 = nn.ParameterList(torch.empty(num_experts, hidden_width, width) for _ in range(sublayers))
+        self.reset_parameters()
 
     def reset_parameters(self) -> None:
         # Expert by expert, so that the first experts of two layers agree whatever their number.

@@ -3,12 +3,14 @@
 Shapes: B sequences, L positions, D width, T tokens that are not padding.
 """
 
+import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_base.moe.dispatch import Dispatcher
 from lightning_base.moe.experts import Experts
+from lightning_base.moe.stopwatch import Stopwatch
 from lightning_base.routing.plan import RoutingGroups, RoutingPlan
 from lightning_base.routing.router import Router
 
@@ -24,9 +26,23 @@ class SparseLayer(nn.Module):
         experts: compute.
         routing_group: sequences that are routed together.
         router_norm: the router sees LayerNorm(h), without gain, instead of h.
+        residual: False leaves h out and gives only what the experts add, for a block that adds h by itself.
+
+    Attributes:
+        stopwatch: takes the time of each phase, if whoever wants to know sets one.
     """
 
-    def __init__(self, router: Router, experts: Experts, *, routing_group: int, router_norm: bool = True) -> None:
+    stopwatch: Stopwatch | None = None
+
+    def __init__(
+        self,
+        router: Router,
+        experts: Experts,
+        *,
+        routing_group: int,
+        router_norm: bool = True,
+        residual: bool = True,
+    ) -> None:
         super().__init__()
         if router.num_experts != experts.num_experts:
             raise ValueError(f"the router has {router.num_experts} experts, the layer {experts.num_experts}")
@@ -36,20 +52,35 @@ class SparseLayer(nn.Module):
         self.experts = experts
         self.routing_group = routing_group
         self.router_norm = router_norm
+        self.residual = residual
 
     def forward(
         self,
-        hidden: Float[Tensor, "B L D"],
-        token_ids: Int64[Tensor, "B L"],
-        valid: Bool[Tensor, "B L"] | None = None,
-    ) -> tuple[Float[Tensor, "B L D"], RoutingPlan]:
+        hidden: Float[Tensor, "*B L D"],
+        token_ids: Int64[Tensor, "*B L"] | None = None,
+        valid: Bool[Tensor, "*B L"] | None = None,
+    ) -> tuple[Float[Tensor, "*B L D"], RoutingPlan]:
         """Hidden states after the layer, and the plan that was carried out.
 
         Args:
-            hidden: [B, L, D].
-            token_ids: [B, L].
-            valid: [B, L], False for padding; None if there is none.
+            hidden: [B, L, D], or [T, D] for the tokens of a single sequence.
+            token_ids: [B, L], or [T]; only routers with ``needs_token_ids`` look at them.
+            valid: [B, L], or [T], False for padding; None if there is none.
+
+        Raises:
+            ValueError: no ``token_ids`` for a router that needs them.
         """
+        if hidden.ndim == 2:
+            alone, plan = self.forward(
+                hidden[None],
+                None if token_ids is None else token_ids[None],
+                None if valid is None else valid[None],
+            )
+            return alone[0], plan
+        if token_ids is None:
+            if self.router.needs_token_ids:
+                raise ValueError(f"{type(self.router).__name__} routes by token ids: give the layer token_ids")
+            token_ids = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=hidden.device)
         flat_TD, ids_T = hidden.flatten(0, 1), token_ids.flatten()
         groups = self._groups(hidden.shape[0], hidden.shape[1], valid)
         where = None if valid is None else valid.flatten().nonzero().squeeze(1)
@@ -57,10 +88,24 @@ class SparseLayer(nn.Module):
         ids_T = ids_T if where is None else ids_T[where]
 
         seen_TD = F.layer_norm(tokens_TD, tokens_TD.shape[-1:]) if self.router_norm else tokens_TD
+        watch = self.stopwatch
+        if watch is not None:
+            watch.start()
         plan = self.router(seen_TD, ids_T, groups)
+        if watch is not None:
+            watch.lap("router")
         dispatcher = Dispatcher(plan)
-        added_TD = dispatcher.combine(self.experts(dispatcher.dispatch(tokens_TD), dispatcher.counts))
-        added_TD = added_TD.to(flat_TD.dtype)
+        dispatched_AD = dispatcher.dispatch(tokens_TD)
+        if watch is not None:
+            watch.lap("dispatch")
+        outputs_AD = self.experts(dispatched_AD, dispatcher.counts)
+        if watch is not None:
+            watch.lap("experts")
+        added_TD = dispatcher.combine(outputs_AD).to(flat_TD.dtype)
+        if watch is not None:
+            watch.lap("combine")
+        if not self.residual:
+            flat_TD = torch.zeros_like(flat_TD)
         result_TD = flat_TD + added_TD if where is None else flat_TD.index_add(0, where, added_TD)
         return result_TD.view_as(hidden), plan
 

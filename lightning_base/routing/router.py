@@ -15,7 +15,8 @@ class Router(nn.Module):
     To add a routing algorithm, subclass this in a file of its own in ``routing/`` and name the class in one file in
     ``conf/router/``. Keyword arguments of ``__init__`` are the options a user may set there; the sparse layer adds
     ``width``. Raise ``ValueError`` with one sentence for a value that cannot work. Parameters are drawn in
-    ``reset_parameters`` with torch's global generator, which the model seeds for each module by name.
+    ``reset_parameters`` with torch's global generator: ``__init__`` calls it last, so that a router of any model is ready
+    for use, and the harness's own model once more, seeded for each module by name.
 
     Attributes:
         num_experts: E.
@@ -52,6 +53,11 @@ class Router(nn.Module):
         self.num_experts = num_experts
         self.top_k = top_k
         self.evaluation_mode = self.evaluation_modes[0]
+
+    @property
+    def needs_token_ids(self) -> bool:
+        """Whether routing, as the router is set now, depends on token ids; a model may be unable to give them."""
+        return False
 
     def check_group(self, tokens: int) -> None:
         """Raises ValueError if a full training group of ``tokens`` tokens cannot be routed as promised."""

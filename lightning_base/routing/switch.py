@@ -51,6 +51,7 @@ class Switch(Router):
         self.capacity_factor = capacity_factor
         self.evaluation_capacity_factor = evaluation_capacity_factor
         self.gate = nn.Linear(width, num_experts, bias=False)
+        self.reset_parameters()
 
     def reset_parameters(self) -> None:
         nn.init.trunc_normal_(self.gate.weight, std=(0.1 / self.gate.in_features) ** 0.5)
