@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from lightning_base.callbacks.metrics_csv import start_csv
+from lightning_base.drop_in import drop_ins
 from lightning_base.metrics.expert_load import ExpertLoad
-from lightning_base.module import LanguageModel
+from lightning_base.routing.plan import RoutingPlan
 
 COLUMNS = ("step", "stage", "layer", "expert", "demand", "load")
 
@@ -25,45 +26,51 @@ COLUMNS = ("step", "stage", "layer", "expert", "demand", "load")
 class ExpertLoadLogger(pl.Callback):
     """Measures load over single routing groups, over one optimizer step of all ranks, and over evaluation passes.
 
-    Scalars are named ``<stage>_<scope>/<metric>/<demand|load>/<layer>``: ``train_step``, ``train_group``,
-    ``validation_pass``, ``validation_group``, ``final_pass``, ... Counts go to ``expert_load.csv`` with their stage.
+    Works in any LightningModule with ``DropIn`` layers, or with an attribute ``plans`` that holds the detached plans of
+    the last forward pass by the name of their layer. Of several forward passes in a batch it sees the last.
+
+    Scalars go to all loggers and are named ``<stage>_<scope>/<metric>/<demand|load>/<layer>``: ``train_step``,
+    ``train_group``, ``validation_pass``, ``validation_group``, ``test_pass``, ... A module's ``test_name`` stands for
+    ``test``, if it has one. TensorBoard, if it is a logger, gets histograms and heatmaps too.
 
     Args:
-        path: the CSV file.
+        path: a CSV file for the counts of every expert; None writes none.
         log_every_n_steps: optimizer steps between two records in training; the first step is recorded too.
         resumed_step: rows after this step are cut when a run resumes.
     """
 
-    def __init__(self, path: Path, log_every_n_steps: int, resumed_step: int | None = None) -> None:
+    def __init__(self, path: Path | None = None, log_every_n_steps: int = 50, resumed_step: int | None = None) -> None:
         self.log_every_n_steps = log_every_n_steps
         self.path, self.resumed_step = path, resumed_step
         self.totals = {"tokens": 0, "assignments": 0, "dropped": 0}
+        self.metric: ExpertLoad | None = None
+        self._steps_before = 0
         self._history: dict[str, list[tuple[int, np.ndarray]]] = {}
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        assert isinstance(pl_module, LanguageModel)
-        layers = pl_module.model.sparse_layers
-        first = next(iter(layers.values())).router
-        self.metric = ExpertLoad(list(layers), first.num_experts).to(trainer.strategy.root_device)
-        if trainer.is_global_zero and stage == "fit":
+        if self.path is not None and trainer.is_global_zero and stage == "fit":
             start_csv(self.path, COLUMNS, self.resumed_step)
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self._steps_before = trainer.global_step
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        assert isinstance(pl_module, LanguageModel)
-        parts = trainer.accumulate_grad_batches
-        for plan in pl_module.plans.values():
+        plans = plans_of(pl_module)
+        for plan in plans.values():
             asked = int(plan.asked)
             self.totals["assignments"] += asked
             self.totals["dropped"] += asked - len(plan.token_index)
-        self.totals["tokens"] += next(iter(pl_module.plans.values())).num_tokens
-        # The step in progress, from the batch index: global_step moves only with the last micro batch.
-        step = batch_idx // parts + 1
+        self.totals["tokens"] += next(iter(plans.values())).num_tokens
+        # The step in progress: global_step moves only with the last micro batch.
+        step = self._steps_before + 1
         if step % self.log_every_n_steps and step != 1:
             return
-        self.metric.update(pl_module.plans)
-        if (batch_idx + 1) % parts == 0:
+        self._update(trainer, plans)
+        if trainer.global_step > self._steps_before:
             self._record(trainer, "train", "step", trainer.global_step)
 
     def on_validation_batch_end(
@@ -75,18 +82,18 @@ class ExpertLoadLogger(pl.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        assert isinstance(pl_module, LanguageModel)
-        self.metric.update(pl_module.plans)
+        if not trainer.sanity_checking:
+            self._update(trainer, plans_of(pl_module))
 
     def on_test_batch_end(self, *args: Any, **kwargs: Any) -> None:
         self.on_validation_batch_end(*args, **kwargs)
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._record(trainer, "validation", "pass", trainer.global_step)
+        if not trainer.sanity_checking:
+            self._record(trainer, "validation", "pass", trainer.global_step)
 
     def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        assert isinstance(pl_module, LanguageModel)
-        self._record(trainer, pl_module.test_name, "pass", trainer.global_step)
+        self._record(trainer, getattr(pl_module, "test_name", "test"), "pass", trainer.global_step)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         writer = tensorboard_writer(trainer)
@@ -94,33 +101,46 @@ class ExpertLoadLogger(pl.Callback):
             for layer, history in self._history.items():
                 writer.add_figure(f"expert_load_over_time/{layer}", load_heatmap(history), trainer.global_step)
 
+    def _update(self, trainer: pl.Trainer, plans: dict[str, RoutingPlan]) -> None:
+        if self.metric is None or self.metric.layers != list(plans):
+            experts = [plan.num_experts for plan in plans.values()]
+            self.metric = ExpertLoad(list(plans), experts).to(trainer.strategy.root_device)
+        self.metric.update(plans)
+
     def _record(self, trainer: pl.Trainer, stage: str, scope: str, step: int) -> None:
         """Computes over all ranks, logs, writes the counts, and starts anew."""
+        metric = self.metric
+        if metric is None:
+            return
         values = {}
-        for name, value in self.metric.compute().items():
+        for name, value in metric.compute().items():
             kind, rest = name.split("/", 1)
             values[f"{stage}_{scope if kind == 'window' else 'group'}/{rest}"] = float(value)
-        with self.metric.sync_context(should_sync=trainer.world_size > 1, should_unsync=True):
-            demand, load = self.metric.demand.cpu(), self.metric.load.cpu()
-        self.metric.reset()
+        with metric.sync_context(should_sync=trainer.world_size > 1, should_unsync=True):
+            demand, load = metric.demand.cpu(), metric.load.cpu()
+        metric.reset()
         if not trainer.is_global_zero:
             return
         for logger in trainer.loggers:
             logger.log_metrics(values, step)
-        self._write(step, f"{stage}_{scope}", demand, load)
+        self._write(metric, step, f"{stage}_{scope}", demand, load)
         writer = tensorboard_writer(trainer)
-        for i, layer in enumerate(self.metric.layers):
+        for layer, num_experts, load_E in zip(metric.layers, metric.num_experts, load, strict=True):
             if stage == "train":
-                self._history.setdefault(layer, []).append((step, load[i].numpy()))
+                self._history.setdefault(layer, []).append((step, load_E[:num_experts].numpy()))
             if writer is not None:
-                add_expert_histogram(writer, f"expert_load/{stage}_{scope}/{layer}", load[i], step)
+                add_expert_histogram(writer, f"expert_load/{stage}_{scope}/{layer}", load_E[:num_experts], step)
 
-    def _write(self, step: int, stage: str, demand: Tensor, load: Tensor) -> None:
+    def _write(self, metric: ExpertLoad, step: int, stage: str, demand: Tensor, load: Tensor) -> None:
+        if self.path is None:
+            return
+        if not self.path.exists():
+            start_csv(self.path, COLUMNS, None)
         with open(self.path, "a", newline="") as file:
             csv.writer(file).writerows(
                 (step, stage, layer, expert, int(demand[i, expert]), int(load[i, expert]))
-                for i, layer in enumerate(self.metric.layers)
-                for expert in range(demand.shape[1])
+                for i, layer in enumerate(metric.layers)
+                for expert in range(metric.num_experts[i])
             )
 
     def state_dict(self) -> dict[str, Any]:
@@ -138,6 +158,24 @@ class ExpertLoadLogger(pl.Callback):
             parts = [None] * dist.get_world_size()
             dist.all_gather_object(parts, self.totals)
         return {name: sum(part[name] for part in parts) for name in self.totals}
+
+
+def plans_of(module: pl.LightningModule) -> dict[str, RoutingPlan]:
+    """The plans of the last forward pass by the name of their layer.
+
+    Raises:
+        ValueError: there are none.
+    """
+    kept = getattr(module, "plans", None)
+    if kept:
+        return dict(kept)
+    plans = {name: drop_in.plan for name, drop_in in drop_ins(module).items() if drop_in.plan is not None}
+    if not plans:
+        raise ValueError(
+            f"ExpertLoadLogger found no routing plan in {type(module).__name__}: put its sparse layers into DropIn, or "
+            "keep the plans of a forward pass in an attribute plans, by the name of the layer"
+        )
+    return plans
 
 
 def tensorboard_writer(trainer: pl.Trainer) -> SummaryWriter | None:

@@ -3,7 +3,7 @@
 Shapes: N sparse layers, E experts, G routing groups, W ranks.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ class ExpertLoad(Metric):
 
     Args:
         layers: names of the sparse layers.
-        num_experts: E.
+        num_experts: E, of all layers or of each; the counts of a layer with fewer than the most end in zeros.
     """
 
     # ``forward`` would otherwise merge states by how they are reduced, and ``rank_load`` is not.
@@ -43,16 +43,17 @@ class ExpertLoad(Metric):
     left_behind: Tensor
     rank_load: Tensor
 
-    def __init__(self, layers: list[str], num_experts: int, **kwargs: Any) -> None:
+    def __init__(self, layers: list[str], num_experts: int | Sequence[int], **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.layers, self.num_experts = list(layers), num_experts
-        size = len(layers)
+        self.layers = list(layers)
+        self.num_experts = [num_experts] * len(layers) if isinstance(num_experts, int) else list(num_experts)
+        size, most = len(layers), max(self.num_experts)
 
         def add(name: str, *shape: int, dtype: torch.dtype = torch.int64, reduce: str | None = "sum") -> None:
             self.add_state(name, torch.zeros(size, *shape, dtype=dtype), dist_reduce_fx=reduce)
 
-        add("demand", num_experts)
-        add("load", num_experts)
+        add("demand", most)
+        add("load", most)
         add("group_sums", 2, len(BALANCE), dtype=torch.float64)
         add("group_count")
         add("slots")
@@ -70,8 +71,8 @@ class ExpertLoad(Metric):
         for i, name in enumerate(self.layers):
             plan = plans[name]
             group_load = plan.group_load
-            self.demand[i] += plan.demand
-            self.load[i] += plan.load
+            self.demand[i, : plan.num_experts] += plan.demand
+            self.load[i, : plan.num_experts] += plan.load
             self.rank_load[i] += len(plan.token_index)
             self.tokens[i] += plan.num_tokens
             self.left_behind[i] += plan.tokens_left_behind
@@ -97,7 +98,7 @@ class ExpertLoad(Metric):
         per_layer: dict[str, Tensor] = {}
         for j, (side, counts) in enumerate((("demand", self.demand), ("load", self.load))):
             for m, (name, function) in enumerate(BALANCE.items()):
-                per_layer[f"window/{name}/{side}"] = function(counts)
+                per_layer[f"window/{name}/{side}"] = self._of_each_layer(function, counts)
                 per_layer[f"group/{name}/{side}"] = self.group_sums[:, j, m] / self.group_count
         per_layer["window/drop_rate"] = 1 - dispatched / asked
         per_layer["window/tokens_left_behind"] = self.left_behind / self.tokens
@@ -114,3 +115,10 @@ class ExpertLoad(Metric):
             result.update({f"{name}/{layer}": value for layer, value in zip(self.layers, values, strict=True)})
             result[f"{name}/mean"], result[f"{name}/max"] = values.mean(), values.max()
         return result
+
+    def _of_each_layer(self, function: Callable[[Tensor], Tensor], counts: Tensor) -> Tensor:
+        """The balance of every layer, [N], without the zeros that fill up the counts of a layer with fewer experts."""
+        if min(self.num_experts) == max(self.num_experts):
+            return function(counts)
+        rows = zip(counts, self.num_experts, strict=True)
+        return torch.stack([function(row[:num_experts]) for row, num_experts in rows])

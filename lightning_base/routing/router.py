@@ -15,8 +15,8 @@ class Router(nn.Module):
     To add a routing algorithm, subclass this in a file of its own in ``routing/`` and name the class in one file in
     ``conf/router/``. Keyword arguments of ``__init__`` are the options a user may set there; the sparse layer adds
     ``width``. Raise ``ValueError`` with one sentence for a value that cannot work. Parameters are drawn in
-    ``reset_parameters`` with torch's global generator: ``__init__`` calls it last, so that a router of any model is ready
-    for use, and the harness's own model once more, seeded for each module by name.
+    ``reset_parameters`` with torch's global generator: ``__init__`` calls it last, so that a router is ready for use in
+    any model; the harness's own model calls it once more, seeded for each module by name.
 
     Attributes:
         num_experts: E.
