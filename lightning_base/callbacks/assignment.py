@@ -1,16 +1,18 @@
 """How good and how fast the balanced assignment of a BASE layer is.
 
-Shapes: T tokens of one routing group, E experts.
+Shapes: T tokens of one routing group, E experts, K experts per token.
 """
 
 import time
 from typing import Any
 
 import pytorch_lightning as pl
+from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
 from lightning_base.assignment import balanced_assignment
 from lightning_base.module import LanguageModel
+from lightning_base.routing.plan import RoutingPlan
 
 
 class AssignmentMonitor(pl.Callback):
@@ -57,35 +59,45 @@ class AssignmentMonitor(pl.Callback):
             size = plan.groups.sizes[0]
             if not size:
                 continue
-            expert_T = plan.expert_index[:size]
-            measured = measure(plan.aux["scores"][:size], expert_T, self._prices.get(name))
+            measured = measure(plan.aux["scores"][:size], first_group(plan), self._prices.get(name))
             values.update({f"train_group/{key}/{name}": value for key, value in measured.items()})
         for logger in trainer.loggers:
             logger.log_metrics(values, step)
 
 
-def measure(scores_TE: Tensor, expert_T: Tensor, prices_E: Tensor | None) -> dict[str, float]:
+def first_group(plan: RoutingPlan) -> Int64[Tensor, "T K"]:
+    """The experts of each token of the plan's first routing group, in whatever order the plan lists them."""
+    mine = plan.token_index < plan.groups.sizes[0]
+    order = plan.token_index[mine].argsort(stable=True)
+    return plan.expert_index[mine][order].view(plan.groups.sizes[0], plan.top_k)
+
+
+def measure(
+    scores_TE: Float[Tensor, "T E"], expert_TK: Int64[Tensor, "T K"], prices_E: Float64[Tensor, " E"] | None
+) -> dict[str, float]:
     """The gain of an assignment, and the times of the exact solver from a cold and from a warm start."""
+    k = expert_TK.shape[1]
     began = time.perf_counter()
-    optimum = balanced_assignment(scores_TE)
+    optimum = balanced_assignment(scores_TE, k=k)
     cold = time.perf_counter() - began
-    result = {"assignment_gain": assignment_gain(scores_TE, expert_T, optimum.objective), "solve_time_cold": cold}
+    result = {"assignment_gain": assignment_gain(scores_TE, expert_TK, optimum.objective), "solve_time_cold": cold}
     if prices_E is not None:
         began = time.perf_counter()
-        balanced_assignment(scores_TE, prices=prices_E)
+        balanced_assignment(scores_TE, prices=prices_E, k=k)
         result["solve_time_warm"] = time.perf_counter() - began
     return result
 
 
-def assignment_gain(scores_TE: Tensor, expert_T: Tensor, optimum: float) -> float:
+def assignment_gain(scores_TE: Float[Tensor, "T E"], expert_TK: Int64[Tensor, "T K"], optimum: float) -> float:
     """Share of the attainable gain over a random balanced assignment; adding a constant to a row changes nothing.
 
-    A random balanced assignment is worth the row means on average. Above 1 only if the assignment is not balanced; 1 if
-    there is nothing to gain.
+    A random balanced assignment is worth k times the row means on average. Above 1 only if the assignment is not
+    balanced; 1 if there is nothing to gain.
     """
     scores = scores_TE.double()
-    random = float(scores.mean(1).sum())
-    reached = float(scores.gather(1, expert_T[:, None]).sum())
+    k = expert_TK.shape[1]
+    random = k * float(scores.mean(1).sum())
+    reached = float(scores.gather(1, expert_TK).sum())
     spread = optimum - random
-    tolerance = 1e-9 * float(scores.abs().amax(1).sum())
+    tolerance = 1e-9 * k * float(scores.abs().amax(1).sum())
     return 1.0 if abs(spread) <= tolerance else (reached - random) / spread

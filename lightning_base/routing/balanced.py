@@ -1,6 +1,6 @@
 """BASE: balanced assignment of experts (Lewis et al. 2021, arXiv 2103.16716).
 
-Shapes: T tokens, D width, E experts.
+Shapes: T tokens, D width, E experts, K experts per token, G routing groups.
 """
 
 import time
@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from lightning_base.assignment import SOLVERS, balanced_assignment
 from lightning_base.routing.plan import RoutingGroups, RoutingPlan, count_by_group
 from lightning_base.routing.router import Router
+from lightning_base.routing.selection import weigh
+
+SOLVERS_FOR_TOP_K = ("transport", "greedy")  # the others give a token one expert
 
 
 class BASE(Router):
@@ -22,6 +25,9 @@ class BASE(Router):
     sigmoid(h_t . w_a) (eq. 1). Balancing lets a token's expert depend on later tokens, so evaluation is greedy: the
     expert with the highest score. ``evaluation_mode = "balanced"`` shows what that choice costs or buys.
 
+    With k > 1, which the paper does not have, every token gets k different experts, every expert T k / E tokens, and
+    every assignment its own sigmoid; greedy are the k highest scores.
+
     The prices [E] that solve a step's assignments start the solver in the next step: a buffer, the mean over the step's
     routing groups. They save time and change no optimum.
 
@@ -29,24 +35,31 @@ class BASE(Router):
         num_experts: E.
         width: D.
         solver: how the assignment is solved, a name in ``lightning_base.assignment.SOLVERS``.
+        top_k: k; more than 1 only with a solver that can, transport or greedy.
     """
 
     causal = False
     prices: Tensor
     evaluation_modes: ClassVar[tuple[str, ...]] = ("greedy", "balanced")
+    refused_options: ClassVar[dict[str, str]] = {
+        "capacity_factor": "balanced assignment gives every expert exactly its share, so that nothing is dropped",
+        "renormalize": "its gate is a sigmoid of each score by itself, and with one expert would always be 1",
+    }
 
-    def __init__(self, *, num_experts: int, width: int, solver: str = "transport") -> None:
-        super().__init__(num_experts=num_experts)
+    def __init__(self, *, num_experts: int, width: int, solver: str = "transport", top_k: int = 1) -> None:
+        super().__init__(num_experts=num_experts, top_k=top_k)
         if solver not in SOLVERS:
             raise ValueError(f"router.solver={solver}: choose one of {', '.join(sorted(SOLVERS))}")
-        if num_experts > width:
+        if top_k > 1 and solver not in SOLVERS_FOR_TOP_K:
             raise ValueError(
-                f"router.num_experts={num_experts} exceeds model.width={width}: "
-                "BASE starts from orthogonal centroids, of which there are at most as many as dimensions"
+                f"router.top_k={top_k} with router.solver={solver}: this solver gives each token one expert; "
+                f"choose router.solver={' or '.join(SOLVERS_FOR_TOP_K)}"
             )
+        check_orthogonal(num_experts, width, "BASE")
         self.solver = solver
         self.centroids = nn.Parameter(torch.empty(num_experts, width))
         self.register_buffer("prices", torch.zeros(num_experts, dtype=torch.float64))
+        self.reset_parameters()
 
     def reset_parameters(self) -> None:
         nn.init.orthogonal_(self.centroids, gain=0.1)
@@ -58,21 +71,23 @@ class BASE(Router):
         # ``self.training`` decides, not whether gradients are on: a frozen layer in training still balances.
         aux = {"scores": detached_TE}
         if self.training or self.evaluation_mode == "balanced":
-            expert_index, aux["group_prices"], aux["solve_seconds"] = balanced_by_group(
+            expert_TK, aux["group_prices"], aux["solve_seconds"] = balanced_by_group(
                 detached_TE,
                 groups,
                 self.solver,
+                self.top_k,
                 self.prices.double(),  # a model in half precision has halved them too
             )
         else:
-            expert_index = detached_TE.argmax(-1)
-        token_index = torch.arange(len(tokens), device=tokens.device)
+            expert_TK = detached_TE.topk(self.top_k, dim=-1).indices
+        chosen = weigh(expert_TK, scores_TE.sigmoid())
         return RoutingPlan(
-            token_index=token_index,
-            expert_index=expert_index,
-            weight=torch.sigmoid(scores_TE.gather(1, expert_index[:, None]).squeeze(1)),
-            group_demand=count_by_group(groups, self.num_experts, token_index, expert_index),
+            token_index=chosen.token_index,
+            expert_index=chosen.expert_index,
+            weight=chosen.weight,
+            group_demand=count_by_group(groups, self.num_experts, chosen.token_index, chosen.expert_index),
             groups=groups,
+            top_k=self.top_k,
             aux=aux,
         )
 
@@ -81,19 +96,31 @@ class BASE(Router):
         return {"prices": plan.aux["group_prices"][held].sum(0), "groups": held.sum().double()}
 
     def end_step(self, sums: dict[str, Tensor]) -> None:
-        if float(sums["groups"]):
+        if float(sums.get("groups", torch.zeros(()))):
             self.prices.copy_(sums["prices"] / sums["groups"])
+
+
+def check_orthogonal(num_experts: int, width: int, router: str) -> None:
+    """Raises ValueError if ``num_experts`` centroids of ``width`` cannot be orthogonal."""
+    if num_experts > width:
+        raise ValueError(
+            f"router.num_experts={num_experts} exceeds model.width={width}: "
+            f"{router} starts from orthogonal centroids, of which there are at most as many as dimensions"
+        )
 
 
 # The solvers are Numba and numpy code, which torch.compile would try to trace and fail.
 @torch.compiler.disable
 def balanced_by_group(
-    scores_TE: Float[Tensor, "T E"], groups: RoutingGroups, solver: str, start_E: Float64[Tensor, " E"]
-) -> tuple[Int64[Tensor, " T"], Float64[Tensor, "G E"], Float64[Tensor, ""]]:
-    """The expert of every token, balanced in each routing group, the prices of each group, and the seconds taken."""
+    scores_TE: Float[Tensor, "T E"], groups: RoutingGroups, solver: str, top_k: int, start_E: Float64[Tensor, " E"]
+) -> tuple[Int64[Tensor, "T K"], Float64[Tensor, "G E"], Float64[Tensor, ""]]:
+    """The k experts of every token, balanced in each routing group, the prices of each group, and the seconds taken."""
     began = time.perf_counter()
     # Every group starts from the same prices, not from its neighbour's: which groups share a rank must not matter.
-    solved = [balanced_assignment(group_TE, solver=solver, prices=start_E) for group_TE in groups.split(scores_TE)]
-    expert_T = torch.cat([scores_TE.new_zeros(0, dtype=torch.int64), *(answer.expert for answer in solved)])
+    solved = [
+        balanced_assignment(group_TE, solver=solver, prices=start_E, k=top_k) for group_TE in groups.split(scores_TE)
+    ]
+    experts = [answer.expert.view(-1, top_k) for answer in solved]
+    expert_TK = torch.cat([scores_TE.new_zeros(0, top_k, dtype=torch.int64), *experts])
     prices_GE = torch.stack([answer.prices for answer in solved]) if solved else start_E.new_zeros(0, len(start_E))
-    return expert_T, prices_GE, torch.tensor(time.perf_counter() - began, dtype=torch.float64)
+    return expert_TK, prices_GE, torch.tensor(time.perf_counter() - began, dtype=torch.float64)

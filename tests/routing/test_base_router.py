@@ -3,9 +3,11 @@
 import pytest
 import scipy.optimize
 import torch
+from balanced_program import balanced_optimum
 from router_arms import build_router, groups_of, random_tokens
 
 from lightning_base.assignment import SOLVERS
+from lightning_base.instantiation import ConfigError
 from lightning_base.routing import BASE
 
 
@@ -104,3 +106,53 @@ def test_softmax_gates_start_at_a_tenth_of_the_usual_variance(name: str) -> None
     gate = dict(build_router(name, width=512).named_parameters())["gate.weight"]
     assert gate.std().item() == pytest.approx(0.01398, rel=0.05)
     assert gate.mean().item() == pytest.approx(0.0, abs=0.001)
+
+
+@pytest.mark.parametrize("k", [2, 3, 8])
+def test_several_experts_per_token_are_the_best_balanced_ones(k: int) -> None:
+    router = base(top_k=k)
+    tokens, ids = random_tokens(40)
+    plan = router(tokens, ids, groups_of(24, 16))
+    scores = (tokens @ router.centroids.T).detach()
+    assert plan.top_k == k
+    assert plan.group_demand.tolist() == [[24 * k // 8] * 8, [16 * k // 8] * 8]
+    for first, last in ((0, 24), (24, 40)):
+        mine = (plan.token_index >= first) & (plan.token_index < last)
+        reached = scores[plan.token_index[mine], plan.expert_index[mine]].double().sum().item()
+        assert reached == pytest.approx(balanced_optimum(scores[first:last].double().numpy(), k), abs=1e-5)
+    chosen = [sorted(plan.expert_index[plan.token_index == t].tolist()) for t in range(40)]
+    assert all(len(set(experts)) == k for experts in chosen)
+    # Each assignment has a sigmoid of its own; those of a token need not sum to anything.
+    expected = torch.sigmoid(scores[plan.token_index, plan.expert_index])
+    torch.testing.assert_close(plan.weight.detach(), expected)
+
+
+def test_an_uneven_share_of_several_experts_is_within_one() -> None:
+    # 5 tokens of 2 experts: 10 places at 8 experts, so two experts get a second token.
+    plan = base(top_k=2)(*random_tokens(5), groups_of(5))
+    assert sorted(plan.demand.tolist()) == [1] * 6 + [2] * 2
+
+
+def test_evaluation_takes_the_k_highest_scores_of_each_token() -> None:
+    router = base(top_k=2).eval()
+    tokens, ids = random_tokens(32)
+    plan = router(tokens, ids, groups_of(32))
+    scores = (tokens @ router.centroids.T).detach().tolist()
+    expected = [sorted(range(8), key=lambda e, row=row: row[e])[-2:] for row in scores]
+    found = [plan.expert_index[plan.token_index == t].tolist() for t in range(32)]
+    assert [sorted(experts) for experts in found] == [sorted(experts) for experts in expected]
+
+
+@pytest.mark.parametrize("solver", sorted(SOLVERS))
+def test_a_solver_of_one_expert_per_token_is_refused_for_two(solver: str) -> None:
+    if solver in ("transport", "greedy"):
+        assert base(top_k=2, solver=solver)(*random_tokens(16), groups_of(16)).top_k == 2
+    else:
+        with pytest.raises(ConfigError, match=rf"router\.top_k=2 with router\.solver={solver}: .*transport or greedy$"):
+            base(top_k=2, solver=solver)
+
+
+@pytest.mark.parametrize("option", ["capacity_factor", "renormalize"])
+def test_what_contradicts_balanced_assignment_is_refused_with_the_reason(option: str) -> None:
+    with pytest.raises(ConfigError, match=rf"router\.{option}=1 contradicts BASE: .*(nothing is dropped|sigmoid)"):
+        base(**{option: 1})
