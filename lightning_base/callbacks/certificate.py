@@ -117,6 +117,7 @@ class Certificate(pl.Callback):
             "num_experts": router.num_experts,
             "top_k": router.top_k,
             "capacity_factor": getattr(router, "capacity_factor", None),
+            "asks_for_fewer": router.asks_for_fewer,
             "causal_in_training": router.causal,
             "causal_in_evaluation": router.causal_in_evaluation,
             "parameters": total,

@@ -23,8 +23,9 @@ def summarize(comparison: Comparison, labels: Sequence[str]) -> list[str]:
         for label, arm in zip(labels, comparison.arms, strict=True)
         if (loss := mean(arm, final_loss)) is not None
     ]
-    ranked = sorted(known, key=lambda entry: entry[0])
-    sentences = [lowest(ranked), *where_base_stands(ranked), *learnt(comparison, labels)]
+    causal = [entry for entry in known if is_causal(entry[2])]
+    ranked = sorted(causal or known, key=lambda entry: entry[0])
+    sentences = [lowest(ranked), *where_base_stands(ranked), *not_ranked(known, causal), *learnt(comparison, labels)]
     sentences += trained_balance(comparison, labels)
     if len(ranked) > 1:
         sentences.append(noise(ranked))
@@ -49,6 +50,21 @@ def lowest(ranked: Ranked) -> str:
     second, runner_up, _ = ranked[1]
     margin = f"{second - best:.4f} ({100 * (second - best) / second:.2f} %) below the next, {runner_up} ({second:.4f})"
     return f"{label} has the lowest validation loss: {best:.4f} nats per token, {margin}."
+
+
+def is_causal(arm: Arm) -> bool:
+    """Whether its validation loss is that of a language model, which does not look at later tokens."""
+    return arm.first.ledger.get("causal_in_evaluation") is not False
+
+
+def not_ranked(known: Ranked, causal: Ranked) -> list[str]:
+    """Which arms stand outside the ranking, and why."""
+    others = [f"{label} ({loss:.4f})" for loss, label, arm in known if not is_causal(arm)]
+    if not others:
+        return []
+    if not causal:
+        return ["Every arm looks at later tokens in evaluation: none of these losses is that of a language model."]
+    return [f"Not ranked, because later tokens change what earlier ones are given in evaluation: {listed(others)}."]
 
 
 def where_base_stands(ranked: Ranked) -> list[str]:

@@ -71,7 +71,10 @@ def arms_table(title: str, measures: Sequence[Measure], comparison: Comparison, 
         ]
         for label, arm in zip(labels, arms, strict=True)
     ]
-    losses = [mean(arm, final_loss) for arm in arms]
+    # A loss that profits from later tokens is not the best one.
+    losses = [
+        mean(arm, final_loss) if arm.first.ledger.get("causal_in_evaluation") is not False else None for arm in arms
+    ]
     known = [loss for loss in losses if loss is not None]
     place = 2 if seeds else 1
     best = {(i, place) for i, loss in enumerate(losses) if known and loss == min(known) and len(arms) > 1}

@@ -35,6 +35,7 @@ class GShard(Router):
         balance_scope: over what the load-balancing loss is taken, see ``balancing_loss``.
     """
 
+    asks_for_fewer = True
     key: Tensor
     step: Tensor
     loss_coefficients: ClassVar[dict[str, float]] = {"load_balancing_loss": 0.01}

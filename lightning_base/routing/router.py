@@ -21,6 +21,7 @@ class Router(nn.Module):
     Attributes:
         num_experts: E.
         top_k: experts a token asks for.
+        asks_for_fewer: True if some tokens may ask for fewer than ``top_k`` experts.
         causal: False if a token's expert, weight or drop may depend on later tokens of its group while training. A
             router whose options decide it sets both on the instance.
         causal_in_evaluation: the same in evaluation, in the default evaluation mode.
@@ -32,6 +33,7 @@ class Router(nn.Module):
         rehearsal: True during a pass that belongs to no step, such as the one in which FLOPs are counted.
     """
 
+    asks_for_fewer: bool = False
     causal: bool = True
     causal_in_evaluation: bool = True
     loss_coefficients: ClassVar[dict[str, float]] = {}

@@ -176,3 +176,13 @@ def test_jobs_that_did_not_finish_are_listed_with_state_and_error(experiment: Pa
     listed = {job.label: (job.state, job.reason) for job in build(experiment).left_out}
     assert listed["dense"] == ("failed", "ValueError: too hot")
     assert listed["top_k"][0] == "not started"
+
+
+def test_fewer_assignments_than_top_k_need_a_router_that_asks_for_fewer(tmp_path: Path) -> None:
+    # 64 tokens that ask for one expert each, in a ledger that says two.
+    write_run(tmp_path / "a", "TopK", ledger={"top_k": 2})
+    write_run(tmp_path / "b", "GShard", ledger={"top_k": 2, "asks_for_fewer": True})
+    document = build(tmp_path)
+    assert [run.router for section in document.sections for run in section.comparison.arms] == ["GShard"]
+    (refused,) = document.left_out
+    assert "assignments is 64 in manifest.json, not tokens x top_k x layers = 128" in refused.reason
