@@ -7,13 +7,26 @@ from dataclasses import dataclass
 
 from lightning_base.report.fairness import Arm
 
-# Colours of Okabe and Ito, which people with any kind of colour vision can tell apart; markers say it once more.
+# Colours of Okabe and Ito, which people with any kind of colour vision can tell apart, for those who meet most often;
+# of Paul Tol for the others. Markers say it once more. Blue to violet balances by prices or biases, warm and green lets
+# tokens choose, grey looks at nothing.
 ROUTERS = {
     "BASE": ("#0072B2", "o"),
     "Switch": ("#D55E00", "s"),
     "TopK": ("#009E73", "^"),
     "Dense": ("#000000", "D"),
     "Uniform": ("#CC79A7", "v"),
+    "Sinkhorn": ("#56B4E9", "X"),
+    "LossFree": ("#332288", "d"),
+    "Quantile": ("#44AA99", "h"),
+    "BIP": ("#6A51A3", "p"),
+    "NoisyTopK": ("#E69F00", "<"),
+    "GShard": ("#882255", ">"),
+    "ExpertChoice": ("#AA4499", "*"),
+    "Hash": ("#999933", "P"),
+    "Random": ("#8C8C8C", "8"),
+    "Skewed": ("#5F4B32", "H"),
+    "Replay": ("#DDAA33", "."),
 }
 # For routers that are not in the table; which one depends on the name alone, so that it is the same in every report.
 SPARE = (("#E69F00", "P"), ("#56B4E9", "X"), ("#999999", "*"), ("#E69F00", "<"), ("#56B4E9", ">"), ("#999999", "p"))

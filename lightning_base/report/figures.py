@@ -17,6 +17,7 @@ from lightning_base.report.colors import Style, styles
 from lightning_base.report.fairness import Arm, Comparison
 from lightning_base.report.picture import Picture
 from lightning_base.report.read import Run
+from lightning_base.report.table import usual_mode
 
 # A white ground of its own: readable on light and dark pages alike.
 LOOK: Any = {
@@ -125,7 +126,7 @@ def legend_columns(labels: Sequence[str]) -> int:
 def load_bars(arms: Sequence[Arm], labels: Sequence[str], looks: Sequence[Style]) -> Iterator[Picture]:
     """Load of each expert in the final evaluation: a row per arm and evaluation mode, a column per layer."""
     rows = [
-        (label if stage == "final_pass" and len(stages) == 1 else f"{label}, {mode_of(stage)}", look, stage, arm)
+        (label if stage == "final_pass" and len(stages) == 1 else f"{label}, {mode_of(stage, arm)}", look, stage, arm)
         for label, look, arm in zip(labels, looks, arms, strict=True)
         for stages in [sorted(s for s in arm.first.counts if s.startswith("final"))[::-1]]
         for stage in stages
@@ -291,9 +292,9 @@ def panel(label: str, layer: str) -> str:
     return textwrap.fill(f"{label}: {layer.replace('_', ' ')}", 40)
 
 
-def mode_of(stage: str) -> str:
-    """``final_balanced_pass`` is the evaluation mode ``balanced``; next to it, the usual one is greedy."""
-    return stage.removeprefix("final").removesuffix("pass").strip("_") or "greedy"
+def mode_of(stage: str, arm: Arm) -> str:
+    """``final_balanced_pass`` is the evaluation mode ``balanced``; the usual one has a name only beside others."""
+    return stage.removeprefix("final").removesuffix("pass").strip("_") or usual_mode(arm)
 
 
 def layer_names(arms: Sequence[Arm]) -> list[str]:
