@@ -222,10 +222,10 @@ def drops_by_position(arms: Sequence[Arm], labels: Sequence[str], looks: Sequenc
             )
             dropping.setdefault(labels[i], line)
         axes.set_title(title, fontsize=11, loc="left")
+        axes.set_xlabel("place in the routing group [%]")
         axes.set_ylim(bottom=0)
     if not dropping:
         return
-    figure.supxlabel("place in the routing group [%]", fontsize=11)
     grid[0].set_ylabel("dropped [%]")
     figure.legend(dropping.values(), dropping, loc="outside lower center", frameon=False, ncols=legend_columns(labels))
     caption = (
