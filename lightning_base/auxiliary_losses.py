@@ -14,7 +14,7 @@ from lightning_base.routing.losses import finish_step_loss
 from lightning_base.routing.plan import RoutingPlan
 
 # For each layer and loss, the demand [E] of each expert and the number of tokens, in one tensor [E + 1].
-StepCounts = dict[tuple[str, str], Int64[Tensor, " E+1"]]
+StepCounts = dict[tuple[str, str], Int64[Tensor, " _"]]
 
 
 def step_counts(plans: Mapping[str, RoutingPlan]) -> StepCounts:

@@ -79,7 +79,10 @@ class SparseLayer(nn.Module):
             return alone[0], plan
         if token_ids is None:
             if self.router.needs_token_ids:
-                raise ValueError(f"{type(self.router).__name__} routes by token ids: give the layer token_ids")
+                raise ValueError(
+                    f"{type(self.router).__name__} routes by token ids: give them to the layer, or let "
+                    "read_inputs(model) find them for a DropIn"
+                )
             token_ids = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=hidden.device)
         flat_TD, ids_T = hidden.flatten(0, 1), token_ids.flatten()
         groups = self._groups(hidden.shape[0], hidden.shape[1], valid)
