@@ -44,6 +44,11 @@ ablation:  ## NAME=name: the same as experiment, for an ablation
 report: setup  ## EXPERIMENT=name: writes and names the report of what has run
 	@$(BIN)/python experiments/report.py "$(RUNS)/$(EXPERIMENT)"
 
+.PHONY: analysis
+analysis: setup  ## RUN=runs/compare/router=base: what the experts of a finished run have learnt
+	@$(if $(RUN),,echo "error: say which: make analysis RUN=runs/compare/router=base" && exit 2)
+	@$(BIN)/python experiments/analysis.py "$(RUN)" $(ARGS)
+
 .PHONY: tensorboard
 tensorboard: setup  ## Shows all runs at http://localhost:6006
 	@$(BIN)/tensorboard --logdir $(RUNS)

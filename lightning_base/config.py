@@ -120,6 +120,7 @@ class TrainerConfig:
     log_every_n_steps: int = 10
     validate_every_n_steps: int = 50
     checkpoint_every_n_steps: int = 100
+    keep_checkpoints: int | None = 2
     threads: int | None = None
     progress_bar: bool = True
     detect_anomaly: bool = False
@@ -133,6 +134,8 @@ class TrainerConfig:
         require(clip, "trainer.gradient_clip_val", self.gradient_clip_val, "give a norm above 0, or null")
         threads = self.threads is None or self.threads >= 1
         require(threads, "trainer.threads", self.threads, "give at least 1, or null")
+        keep = self.keep_checkpoints is None or self.keep_checkpoints >= 1
+        require(keep, "trainer.keep_checkpoints", self.keep_checkpoints, "give at least 1, or null to keep all")
 
     @property
     def world_size(self) -> int:

@@ -73,7 +73,8 @@ def run(config: Config, directory: Path) -> Result:
     if config.trainer.progress_bar:
         callbacks.append(ArmProgressBar(job))
     # Last, so that a checkpoint holds what the others have counted up to this step.
-    callbacks += [PeriodicCheckpoint(job, config.trainer.checkpoint_every_n_steps), Preemption(job)]
+    keep = config.trainer.keep_checkpoints
+    callbacks += [PeriodicCheckpoint(job, config.trainer.checkpoint_every_n_steps, keep), Preemption(job, keep)]
     trainer = build_trainer(config, directory, loggers, callbacks)
 
     try:

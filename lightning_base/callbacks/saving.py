@@ -18,8 +18,8 @@ class PreemptedError(Exception):
 class Preemption(pl.Callback):
     """Replaces Lightning's handler, which starts a collective inside the signal and ends the run with exit code 0."""
 
-    def __init__(self, run: RunDirectory) -> None:
-        self.run = run
+    def __init__(self, run: RunDirectory, keep: int | None = 2) -> None:
+        self.run, self.keep = run, keep
         self.requested = False
         self.saved = False
 
@@ -47,7 +47,7 @@ class Preemption(pl.Callback):
         if not float(trainer.strategy.reduce(flag, reduce_op="sum")):
             return
         assert isinstance(pl_module, LanguageModel)
-        save(trainer, pl_module, self.run)
+        save(trainer, pl_module, self.run, self.keep)
         self.saved = True
 
     def _request(self, number: int, frame: FrameType | None) -> None:
@@ -55,10 +55,17 @@ class Preemption(pl.Callback):
 
 
 class PeriodicCheckpoint(pl.Callback):
-    """Saves every n steps and at the end; keeps the newest two, so that one is whole whatever happens."""
+    """Saves every n steps and at the end.
 
-    def __init__(self, run: RunDirectory, every_n_steps: int) -> None:
-        self.run, self.every_n_steps = run, every_n_steps
+    Args:
+        run: where checkpoints go.
+        every_n_steps: n.
+        keep: how many of the newest stay; with two, one is whole whatever happens. None keeps all of them, which shows
+            how routing changed over training.
+    """
+
+    def __init__(self, run: RunDirectory, every_n_steps: int, keep: int | None = 2) -> None:
+        self.run, self.every_n_steps, self.keep = run, every_n_steps, keep
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -68,11 +75,14 @@ class PeriodicCheckpoint(pl.Callback):
         step = trainer.global_step
         if step % self.every_n_steps == 0 or step == trainer.max_steps:
             assert isinstance(pl_module, LanguageModel)
-            save(trainer, pl_module, self.run)
+            save(trainer, pl_module, self.run, self.keep)
 
 
-def save(trainer: pl.Trainer, module: LanguageModel, run: RunDirectory) -> None:
-    """Saves a checkpoint named after the step; all ranks take part, the first one writes."""
+def save(trainer: pl.Trainer, module: LanguageModel, run: RunDirectory, keep: int | None) -> None:
+    """Saves a checkpoint named after the step and removes all but the newest ``keep``.
+
+    All ranks take part, the first one writes.
+    """
     path = run.checkpoints / f"step_{trainer.global_step}.ckpt"
     if module.last_checkpoint == str(path):
         return
@@ -80,7 +90,7 @@ def save(trainer: pl.Trainer, module: LanguageModel, run: RunDirectory) -> None:
         return  # the next step will fail, and name the checkpoint before this one
     trainer.save_checkpoint(path)
     module.last_checkpoint = str(path)
-    if trainer.is_global_zero:
+    if trainer.is_global_zero and keep is not None:
         ordered = sorted(run.checkpoints.glob("step_*.ckpt"), key=lambda p: int(p.stem.split("_")[1]))
-        for old in ordered[:-2]:
+        for old in ordered[:-keep]:
             trainer.strategy.remove_checkpoint(old)

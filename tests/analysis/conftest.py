@@ -1,0 +1,48 @@
+import shutil
+import sysconfig
+from pathlib import Path
+
+import program
+import pytest
+
+DOMAINS = ("asyncio", "email", "http", "json", "xml")
+
+
+@pytest.fixture(scope="session")
+def domain_corpus(small_corpus: list[str], tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Overrides for a run on a small corpus with a domain per package of the standard library."""
+    folder = tmp_path_factory.mktemp("domains")
+    for domain in DOMAINS:
+        (folder / domain).mkdir()
+        for path in sorted((Path(sysconfig.get_paths()["stdlib"]) / domain).glob("*.py")):
+            text = path.read_text()
+            if text.strip():
+                (folder / domain / f"{path.stem}.txt").write_text(text)
+    return [*small_corpus, f"data.corpus.files={folder}/*/*.txt", f"data.cache_dir={folder}/cache"]
+
+
+@pytest.fixture(scope="session")
+def kept(domain_corpus: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Finished runs of BASE and top-k with a checkpoint of every step, by router."""
+    runs = tmp_path_factory.mktemp("kept")
+    options = ("trainer.keep_checkpoints=null", "trainer.checkpoint_every_n_steps=1", "module.learning_rate=0.03")
+    done = program.train("-m", *domain_corpus, "router=base,top_k", *options, f"runs_dir={runs}")
+    assert done.returncode == 0, done.stderr
+    found = program.jobs(runs)
+    return {router: path for router in ("base", "top_k") for name, path in found.items() if f"router={router}" in name}
+
+
+@pytest.fixture(scope="session")
+def dense(domain_corpus: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run without routing that keeps one checkpoint."""
+    runs = tmp_path_factory.mktemp("dense")
+    options = ("router=dense", "trainer.keep_checkpoints=1", "trainer.checkpoint_every_n_steps=1")
+    done = program.train(*domain_corpus, *options, f"runs_dir={runs}")
+    assert done.returncode == 0, done.stderr
+    return program.only_job(runs)
+
+
+@pytest.fixture
+def copy(kept: dict[str, Path], tmp_path: Path) -> Path:
+    """A copy of BASE's run to damage."""
+    return Path(shutil.copytree(kept["base"], tmp_path / "run"))
