@@ -21,6 +21,7 @@ from lightning_base.assignment.examples import EXAMPLES
 SIZES = [(1024, 8), (4096, 16), (8192, 64), (8192, 128), (16384, 128)]
 GROWTH = [(4096, 64), (8192, 64), (16384, 128), (32768, 128), (65536, 256), (131072, 256)]
 Method = Callable[[], object]
+TURN = 0.01
 
 
 def run(quick: bool = False) -> None:
@@ -71,16 +72,25 @@ def row(T: int, E: int, kind: str, seconds: float) -> str:
 
 
 def interleaved(methods: dict[str, Method], seconds: float, most: int = 25) -> dict[str, float]:
-    """Median milliseconds of each method; rounds in turn, a method dropping out once it has used its `seconds`."""
+    """Median milliseconds of each method; rounds in turn, a method dropping out once it has used its `seconds`.
+
+    A turn lasts at least `TURN` seconds: otherwise quick methods would mostly be timed on reading back what the slow
+    method before them has pushed out of the caches.
+    """
     taken: dict[str, list[float]] = {name: [] for name in methods}
     for method in methods.values():
         method()
     for _ in range(most):
         for name, method in methods.items():
             if sum(taken[name]) < seconds:
-                start = time.perf_counter()
-                method()
-                taken[name].append(time.perf_counter() - start)
+                turn = time.perf_counter()
+                while True:
+                    start = time.perf_counter()
+                    method()
+                    end = time.perf_counter()
+                    taken[name].append(end - start)
+                    if end - turn >= TURN:
+                        break
     return {name: 1e3 * median(times) for name, times in taken.items()}
 
 
