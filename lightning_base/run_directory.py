@@ -43,14 +43,19 @@ class RunDirectory:
         return read_json(self.path / "manifest.json")
 
     def write_status(self, state: str, **more: Any) -> None:
-        """Writes status.json, whole or not at all; keeps when the job started."""
+        """Writes status.json, whole or not at all; keeps when the job started and the alarms it raised."""
         assert state in STATES, state
-        now = time.time()
-        started = now if state == "running" else self.status().get("started", now)
+        now, before = time.time(), self.status()
+        started = now if state == "running" else before.get("started", now)
+        more["alarms"] = before.get("alarms", [])
         if state == "done":
             more["manifest_sha256"] = self.seal()
         base = {"state": state, "started": started, "updated": now, "seconds": round(now - started, 1)}
         write_json(self.path / "status.json", {**base, "pid": os.getpid(), "host": socket.gethostname(), **more})
+
+    def write_alarms(self, alarms: list[dict[str, Any]]) -> None:
+        """Puts what went wrong so far into status.json and leaves the rest of it, such as whose process it is."""
+        write_json(self.path / "status.json", {**self.status(), "alarms": alarms})
 
     def write_manifest(self, **fields: Any) -> None:
         """Adds fields to manifest.json."""

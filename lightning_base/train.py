@@ -20,6 +20,7 @@ from pytorch_lightning.loggers import Logger, TensorBoardLogger
 from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 
 from lightning_base import checkpoint
+from lightning_base.callbacks.alarms import Alarms
 from lightning_base.callbacks.assignment import AssignmentMonitor
 from lightning_base.callbacks.certificate import BatchFingerprint, Certificate
 from lightning_base.callbacks.clock import TrainingClock
@@ -68,6 +69,7 @@ def run(config: Config, directory: Path) -> Result:
         loggers.insert(0, TensorBoardLogger(directory, name="", version="tensorboard", default_hp_metric=False))
     callbacks: list[pl.Callback] = [clock, fingerprint, load, Certificate(job, plain)]
     callbacks.append(AssignmentMonitor(every))
+    callbacks.append(Alarms(job, every))
     if config.trainer.record_plans:
         callbacks.append(PlanRecorder(job))
     if config.trainer.progress_bar:

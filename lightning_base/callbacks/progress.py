@@ -8,6 +8,7 @@ import pytorch_lightning as pl
 from pytorch_lightning.callbacks import TQDMProgressBar
 from pytorch_lightning.callbacks.progress.tqdm_progress import Tqdm
 
+from lightning_base.callbacks.alarms import Alarms
 from lightning_base.module import LanguageModel
 from lightning_base.run_directory import RunDirectory, read_json
 
@@ -90,4 +91,7 @@ class ArmProgressBar(TQDMProgressBar):
 
     def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
         metrics = super().get_metrics(trainer, pl_module)
-        return {name.replace("/loss", ""): value for name, value in metrics.items() if name != "v_num"}
+        shown = {name.replace("/loss", ""): value for name, value in metrics.items() if name != "v_num"}
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        ringing = [name for callback in callbacks if isinstance(callback, Alarms) for name in callback.active]
+        return {**shown, "ALARM": "+".join(ringing)} if ringing else shown
