@@ -39,9 +39,11 @@ class ExpertLoadLogger(pl.Callback):
         resumed_step: rows after this step are cut when a run resumes.
     """
 
-    def __init__(self, path: Path | None = None, log_every_n_steps: int = 50, resumed_step: int | None = None) -> None:
+    def __init__(
+        self, path: str | Path | None = None, log_every_n_steps: int = 50, resumed_step: int | None = None
+    ) -> None:
         self.log_every_n_steps = log_every_n_steps
-        self.path, self.resumed_step = path, resumed_step
+        self.path, self.resumed_step = None if path is None else Path(path), resumed_step
         self.totals = {"tokens": 0, "assignments": 0, "dropped": 0}
         self.metric: ExpertLoad | None = None
         self._steps_before = 0

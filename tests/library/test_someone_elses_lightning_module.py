@@ -80,7 +80,7 @@ def test_training_falls_and_loads_are_logged_in_a_few_lines(tmp_path: Path) -> N
         max_epochs=2,
         accumulate_grad_batches=2,
         logger=[CSVLogger(tmp_path, name="csv", version=""), TensorBoardLogger(tmp_path, name="tb", version="")],
-        callbacks=[ExpertLoadLogger(tmp_path / "loads.csv", log_every_n_steps=2)],
+        callbacks=[ExpertLoadLogger(str(tmp_path / "loads.csv"), log_every_n_steps=2)],
         accelerator="cpu",
         enable_progress_bar=False,
         enable_model_summary=False,

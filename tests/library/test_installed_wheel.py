@@ -1,0 +1,111 @@
+"""The wheel in an environment of its own, which has the declared dependencies and nothing else."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+import venv
+import zipfile
+from importlib.metadata import Distribution, PackageNotFoundError, distribution
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+HERE = Path(__file__).parent
+REPOSITORY = HERE.parents[1]
+
+
+def run(*command: str | Path, cwd: Path) -> str:
+    done = subprocess.run([str(part) for part in command], cwd=cwd, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built from a copy, so that nothing is left in the repository."""
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"
+    shutil.copytree(
+        REPOSITORY / "lightning_base", source / "lightning_base", ignore=shutil.ignore_patterns("__pycache__")
+    )
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(REPOSITORY / name, source)
+    pip = (sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check")
+    run(*pip, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", folder, source, cwd=folder)
+    (built,) = folder.glob("*.whl")
+    return built
+
+
+def needed(requirements: list[str], extras: frozenset[str] = frozenset()) -> dict[str, Distribution]:
+    """The installed distributions that these requirements bring, and what those need, by name."""
+    found: dict[str, Distribution] = {}
+    waiting = [(Requirement(text), extras) for text in requirements]
+    while waiting:
+        requirement, extras = waiting.pop()
+        wanted = requirement.marker is None or any(
+            requirement.marker.evaluate({"extra": extra}) for extra in {"", *extras}
+        )
+        name = re.sub(r"[-_.]+", "-", requirement.name).lower()
+        if not wanted or (name in found and not requirement.extras):
+            continue
+        try:
+            found[name] = distribution(name)
+        except PackageNotFoundError:
+            continue  # such as a platform's own wheels, which an installed torch may lack
+        waiting += [(Requirement(text), frozenset(requirement.extras)) for text in found[name].requires or ()]
+    return found
+
+
+@pytest.fixture(scope="module")
+def python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The interpreter of a new environment: the wheel, and links to the dependencies that pyproject.toml declares."""
+    folder = tmp_path_factory.mktemp("environment")
+    venv.create(folder / "venv", with_pip=False)
+    interpreter = folder / "venv" / "bin" / "python"
+    pip = (sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", "--python", interpreter)
+    run(*pip, "install", "--no-deps", "--no-index", wheel, cwd=folder)
+
+    declared = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["dependencies"]
+    links = folder / "dependencies"
+    links.mkdir()
+    for found in needed(declared).values():
+        for top in {file.parts[0] for file in found.files or () if file.parts[0] not in ("..", "__pycache__")}:
+            target = Path(str(found.locate_file(top)))
+            if not (links / top).exists():
+                (links / top).symlink_to(target)
+    (site,) = (folder / "venv" / "lib").glob("python3*/site-packages")
+    (site / "dependencies.pth").write_text(f"{links}\n")
+    return interpreter
+
+
+def test_the_wheel_holds_the_package_and_no_tests_or_configuration(wheel: Path) -> None:
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {name.partition("/")[0] for name in names if not name.startswith("lightning_base-")} == {"lightning_base"}
+    sources = {
+        str(path.relative_to(REPOSITORY))
+        for path in (REPOSITORY / "lightning_base").rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    assert {name for name in names if name.startswith("lightning_base/")} == sources
+
+
+def test_a_program_trains_in_plain_pytorch_from_the_installed_wheel(python: Path, tmp_path: Path) -> None:
+    seen = json.loads(run(python, "-I", HERE / "plain_pytorch_program.py", cwd=tmp_path))
+    assert Path(seen["file"]).is_relative_to(python.parents[1])
+    assert sum(seen["losses"][-3:]) / 3 < seen["losses"][0] - 0.8
+    # 2 groups of 4 sequences of 16 tokens over 8 experts.
+    assert seen["loads"] == [[8] * 8] * 2
+    assert not {"hydra", "omegaconf", "pytorch_lightning", "lightning_fabric", "tensorboard"} & set(seen["imported"])
+
+
+def test_every_part_of_the_package_imports_with_the_declared_dependencies(python: Path, tmp_path: Path) -> None:
+    # ``analysis`` and the like may need an extra: they say so themselves; what a program starts from may not.
+    code = "import lightning_base.program, lightning_base.train, lightning_base.report; from lightning_base import *"
+    run(python, "-I", "-c", code, cwd=tmp_path)
+    for tool in ("hypothesis", "beartype", "nbmake"):
+        missing = subprocess.run([python, "-I", "-c", f"import {tool}"], cwd=tmp_path, capture_output=True, text=True)
+        assert "ModuleNotFoundError" in missing.stderr, "the environment is not as empty as it should be"
