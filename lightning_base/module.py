@@ -51,7 +51,8 @@ class LanguageModel(pl.LightningModule):
 
     Attributes:
         plans: the RoutingPlan of each sparse layer in the last forward pass, detached.
-        last_checkpoint: the newest good checkpoint, for the message of a failure; set by whoever saves.
+        last_checkpoint: the newest checkpoint from which a finite loss was computed, for the message of a failure.
+        unproven_checkpoint: a newer one, until that is known; set by whoever saves. Weights can be finite and useless.
     """
 
     bytes_per_token: Tensor
@@ -102,6 +103,7 @@ class LanguageModel(pl.LightningModule):
         self._forward = [torch.compile(self.model) if compile else self.model]
         self.plans: dict[str, RoutingPlan] = {}
         self.last_checkpoint: str | None = None
+        self.unproven_checkpoint: str | None = None
         self._step_sums: dict[str, Tensor] = {}
         self._router_sums: dict[str, dict[str, Tensor]] = {}
         self._step_counts: StepCounts = {}
@@ -154,6 +156,7 @@ class LanguageModel(pl.LightningModule):
                 loss = loss + coefficient * auxiliary
         if not bool(torch.isfinite(loss)):
             self._raise_if_not_finite(batch, None)
+        self.last_checkpoint, self.unproven_checkpoint = self.unproven_checkpoint or self.last_checkpoint, None
         return loss
 
     def on_train_batch_end(self, outputs: object, batch: Mapping[str, Tensor], batch_idx: int) -> None:

@@ -83,12 +83,32 @@ def test_a_file_that_holds_no_text_is_refused(content: bytes, sentence: str, tmp
     assert sentence in done.stderr
 
 
-def test_a_loss_that_is_not_finite_names_step_layer_and_checkpoint(small_corpus: list[str], tmp_path: Path) -> None:
+def test_a_loss_that_is_not_finite_names_step_and_layer(small_corpus: list[str], tmp_path: Path) -> None:
     broken = ["module.learning_rate=1e30", "module.final_learning_rate=0", "trainer.checkpoint_every_n_steps=1"]
     done = program.train(*small_corpus, *broken, "trainer.gradient_clip_val=null", f"runs_dir={tmp_path}")
-    status = program.read(program.only_job(tmp_path) / "status.json")
+    job = program.only_job(tmp_path)
+    status = program.read(job / "status.json")
     assert done.returncode == 1
     assert status["state"] == "failed"
     assert "The loss is not finite at step 2, first in " in status["error"]
-    assert "checkpoints/step_1.ckpt" in status["error"]
     assert status["error"] in done.stderr
+    # The weights after step 1 are finite and useless: nothing to go on from is left behind.
+    assert "no checkpoint was saved yet" in status["error"]
+    assert list((job / "checkpoints").glob("step_*.ckpt")) == []
+
+
+def test_the_checkpoint_that_is_called_good_is_the_newest_and_gave_a_finite_loss(
+    small_corpus: list[str], tmp_path: Path
+) -> None:
+    # Adam moves every weight by about the learning rate, k x 1e7 in step k: some steps go well.
+    growing = ["module.learning_rate=2e8", "module.warmup_steps=20", "trainer.max_steps=20", "router=switch"]
+    growing += ["module.final_learning_rate=0", "trainer.checkpoint_every_n_steps=1", "trainer.gradient_clip_val=null"]
+    done = program.train(*small_corpus, *growing, f"runs_dir={tmp_path}")
+    assert done.returncode == 1
+    job = program.only_job(tmp_path)
+    error = program.read(job / "status.json")["error"]
+    step = int(error.partition("not finite at step ")[2].partition(",")[0])
+    good = int(error.partition("checkpoints/step_")[2].partition(".ckpt")[0])
+    assert 0 < good < step
+    left = [int(path.stem.removeprefix("step_")) for path in (job / "checkpoints").glob("step_*.ckpt")]
+    assert max(left) == good

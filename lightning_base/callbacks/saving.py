@@ -7,7 +7,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 
-from lightning_base.module import LanguageModel
+from lightning_base.module import LanguageModel, NonFiniteError
 from lightning_base.run_directory import RunDirectory
 
 
@@ -77,6 +77,12 @@ class PeriodicCheckpoint(pl.Callback):
             assert isinstance(pl_module, LanguageModel)
             save(trainer, pl_module, self.run, self.keep)
 
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        # Started again, the run would go on from weights that give no finite loss, and fail again at once.
+        assert isinstance(pl_module, LanguageModel)
+        if isinstance(exception, NonFiniteError) and pl_module.unproven_checkpoint and trainer.is_global_zero:
+            trainer.strategy.remove_checkpoint(pl_module.unproven_checkpoint)
+
 
 def save(trainer: pl.Trainer, module: LanguageModel, run: RunDirectory, keep: int | None) -> None:
     """Saves a checkpoint named after the step and removes all but the newest ``keep``.
@@ -84,12 +90,12 @@ def save(trainer: pl.Trainer, module: LanguageModel, run: RunDirectory, keep: in
     All ranks take part, the first one writes.
     """
     path = run.checkpoints / f"step_{trainer.global_step}.ckpt"
-    if module.last_checkpoint == str(path):
+    if str(path) in (module.last_checkpoint, module.unproven_checkpoint):
         return
     if not all(bool(torch.isfinite(parameter).all()) for parameter in module.parameters()):
         return  # the next step will fail, and name the checkpoint before this one
     trainer.save_checkpoint(path)
-    module.last_checkpoint = str(path)
+    module.unproven_checkpoint = str(path)
     if trainer.is_global_zero and keep is not None:
         ordered = sorted(run.checkpoints.glob("step_*.ckpt"), key=lambda p: int(p.stem.split("_")[1]))
         for old in ordered[:-keep]:
