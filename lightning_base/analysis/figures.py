@@ -69,7 +69,7 @@ def domains(findings: Findings) -> Iterator[Picture]:
     names += [f"{shorten(findings.text.domains[d])} ({int(counts[d]):,})" for d in shown]
     for part, layers in portions(findings):
         experts = layers[0].choices.num_experts
-        figure, panels = grid(layers, max(2.6, 0.42 * min(experts, 16)), 1.3 + 0.34 * len(names))
+        figure, panels = grid(layers, panel_side(experts), 1.3 + 0.34 * len(names))
         image = None
         for axes, layer in zip(panels, layers, strict=True):
             share_ED = specialization(layer.domains.counts, layer.domains.totals)[:, shown]
@@ -131,7 +131,7 @@ def pairs(findings: Findings) -> Iterator[Picture]:
         return
     for part, layers in portions(findings):
         experts = layers[0].choices.num_experts
-        side = max(2.9, 0.42 * min(experts, 16))
+        side = panel_side(experts)
         figure, panels = grid(layers, side, side + 0.7)
         image = None
         for axes, layer in zip(panels, layers, strict=True):
@@ -220,6 +220,11 @@ def heatmap(axes: Axes, share: Tensor, even: float) -> AxesImage:
     return image
 
 
+def panel_side(experts: int) -> float:
+    """Inches of a heat map's panel: cells that hold a number, or so many that none does."""
+    return max(2.8, 0.42 * experts) if experts <= NUMBERS_UP_TO else 3.2
+
+
 def label_experts(axes: Axes, experts: int) -> None:
     axes.set_xticks(*tick_experts(experts))
 
@@ -237,4 +242,5 @@ def titled(part: str) -> str:
 def shorten(name: str, most: int = 24) -> str:
     """A name from a file that fits beside a figure."""
     clean = printable(name).replace("\n", " ")
-    return clean if len(clean) <= most else clean[: most - 1] + "…"
+    # Names of one corpus often begin alike: both ends stay.
+    return clean if len(clean) <= most else f"{clean[: most // 2]}…{clean[-(most // 2 - 1) :]}"

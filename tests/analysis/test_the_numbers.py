@@ -182,6 +182,18 @@ def test_saturation_and_switching_agree_with_a_recount(analysed: tuple[Path, Rec
     assert any(float(row["switch_fraction"] or 0) > 0 for row in rows)
 
 
+def test_the_token_tells_everything_of_a_hash_router_and_nothing_of_a_random_one(kept: dict[str, Path]) -> None:
+    found = {}
+    for router in ("hash", "random"):
+        assert main([str(kept[router]), "--sequences", "200"]) == 0
+        (found[router],) = table(kept[router] / "analysis", "summary")
+    assert float(found["hash"]["token_concentration"]) == 1
+    assert float(found["hash"]["token_concentration_by_chance"]) < 0.5
+    for kind in ("token", "preceding", "domain"):
+        shares = [float(found["random"][f"{kind}_concentration{end}"]) for end in ("", "_by_chance")]
+        assert shares[0] == pytest.approx(shares[1], abs=0.02)
+
+
 def test_checkpoints_are_kept_as_configured(kept: dict[str, Path], dense: Path) -> None:
     for run in kept.values():
         assert sorted(path.stem for path in (run / "checkpoints").glob("*.ckpt")) == [f"step_{i}" for i in (1, 2, 3, 4)]

@@ -11,6 +11,7 @@ from pathlib import Path
 import program
 import pytest
 import torch
+import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from lightning_base.analysis.command import main
@@ -142,6 +143,15 @@ def checkpoint_of_another_model(run: Path) -> None:
     VerifiedCheckpointIO().save_checkpoint(content, path)
 
 
+def replay_of_another_run(run: Path) -> None:
+    source = run.with_name("source")
+    shutil.copytree(run, source)
+    path = run / ".hydra" / "config.yaml"
+    config = yaml.safe_load(path.read_text())
+    config["router"] = {"_target_": "lightning_base.routing.replay.Replay", "source": str(source)}
+    path.write_text(yaml.safe_dump(config))
+
+
 def another_corpus(run: Path) -> None:
     manifest = program.read(run / "manifest.json")
     (run / "manifest.json").write_text(json.dumps({**manifest, "corpus_fingerprint": "0" * 64}))
@@ -163,6 +173,7 @@ CASES: list[tuple[Callable[[Path], None], str]] = [
     (no_checkpoint, "holds no checkpoint"),
     (damaged_checkpoint, "step_2.ckpt is not what was written"),
     (checkpoint_of_another_model, "step_4.ckpt does not fit the model of this version"),
+    (replay_of_another_run, "repeats what another one has routed, router.source="),
     (another_corpus, "the corpus is not the one"),
     (a_file_in_the_way, "the analysis cannot be written to"),
 ]
