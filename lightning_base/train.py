@@ -22,13 +22,17 @@ from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy, Stra
 from lightning_base import checkpoint
 from lightning_base.callbacks.alarms import Alarms
 from lightning_base.callbacks.assignment import AssignmentMonitor
+from lightning_base.callbacks.causality import CausalityMonitor, DropByPosition
 from lightning_base.callbacks.certificate import BatchFingerprint, Certificate
 from lightning_base.callbacks.clock import TrainingClock
+from lightning_base.callbacks.compute_balance import ComputeBalance
 from lightning_base.callbacks.expert_load import ExpertLoadLogger
 from lightning_base.callbacks.metrics_csv import MetricsCsv
 from lightning_base.callbacks.progress import ArmProgressBar
 from lightning_base.callbacks.recording import PlanRecorder
+from lightning_base.callbacks.routing_gap import RoutingGap
 from lightning_base.callbacks.saving import PeriodicCheckpoint, PreemptedError, Preemption
+from lightning_base.callbacks.step_time import StepTime
 from lightning_base.config import Config, check_devices, read_config
 from lightning_base.data import Corpus, TextDataModule
 from lightning_base.distributed.launch import PREEMPTED, die_with_parent
@@ -67,8 +71,12 @@ def run(config: Config, directory: Path) -> Result:
     loggers: list[Logger] = [MetricsCsv(directory / "metrics.csv", lambda: clock.seconds, resumed_step)]
     if config.logger.tensorboard:
         loggers.insert(0, TensorBoardLogger(directory, name="", version="tensorboard", default_hp_metric=False))
-    callbacks: list[pl.Callback] = [clock, fingerprint, load, Certificate(job, plain)]
-    callbacks.append(AssignmentMonitor(every))
+    balance = ComputeBalance(directory / "compute_balance.csv", every, resumed_step)
+    causality, gap = CausalityMonitor(), RoutingGap()
+    # The step is taken apart next to the clock, so that the work of the other callbacks is in neither.
+    callbacks: list[pl.Callback] = [clock, StepTime(every, clock), fingerprint, load, Certificate(job, plain)]
+    callbacks += [AssignmentMonitor(every), balance, causality, gap]
+    callbacks.append(DropByPosition(directory / "drop_by_position.csv", every, resumed_step))
     callbacks.append(Alarms(job, every))
     if config.trainer.record_plans:
         callbacks.append(PlanRecorder(job))
@@ -89,6 +97,8 @@ def run(config: Config, directory: Path) -> Result:
         (values,) = trainer.test(module, datamodule=data, verbose=False)
         metrics.update(values)
     metrics.pop("step", None)
+    for measured in (causality, gap, balance):
+        metrics.update(measured.results)
     batch_fingerprint, sequences = fingerprint.combined()
     totals = load.combined_totals()
     if trainer.is_global_zero:

@@ -27,8 +27,9 @@ class CausalityMonitor(pl.Callback):
 
     ``final_causality/leak_<training|evaluation>_<expert|weight|drop|any>/<layer|mean|max>``: the share of the tokens in
     the first half of their routing group whose expert, gate or drop (or any of them) changes when the second half is
-    replaced by other text. The layer's real router input is used as it is, so that a layer's number is its own leak
-    only. Over the tokens of all ranks. Nothing is measured of a router that knows no other text (``any_text``).
+    replaced by that of another batch. The layer's real router input is used as it is, so that a layer's number is its
+    own leak only. Over the tokens of all ranks. Nothing is measured of a router that knows no other text
+    (``any_text``).
 
     Args:
         batches: validation batches per rank to measure on.
@@ -70,8 +71,8 @@ class CausalityMonitor(pl.Callback):
             router = pl_module.model.sparse_layers[layer].router
             for training in (True, False):
                 counts = torch.zeros(len(WAYS) + 1, dtype=torch.int64, device=pl_module.device)
-                for original, other in with_other_text(inputs):
-                    found = causal_leak(router, *original[:2], *other, original[2], training=training)
+                for own, other in zip(inputs, [*inputs[1:], inputs[0]], strict=True):
+                    found = causal_leak(router, *own[:2], *other_text(own, other), own[2], training=training)
                     counts += torch.tensor([found[way] for way in (*WAYS, "tokens")], device=counts.device)
                 *changed, tokens = trainer.strategy.reduce(counts, reduce_op="sum").tolist()
                 for way, count in zip(WAYS, changed, strict=True):
@@ -110,13 +111,24 @@ def router_inputs(module: LanguageModel, batch: Mapping[str, Tensor]) -> dict[st
     return found
 
 
-def with_other_text(inputs: list[RouterInput]) -> list[tuple[RouterInput, tuple[Tensor, Tensor]]]:
-    """Each router input with equally many tokens of other text: those half of all the text further on, all round."""
-    tokens_PD = torch.cat([tokens for tokens, _, _ in inputs])
-    ids_P = torch.cat([ids for _, ids, _ in inputs])
-    tokens_PD, ids_P = (whole.roll(-(len(whole) // 2), 0) for whole in (tokens_PD, ids_P))
-    sizes = [len(ids) for _, ids, _ in inputs]
-    return list(zip(inputs, zip(tokens_PD.split(sizes), ids_P.split(sizes), strict=True), strict=True))
+def other_text(own: RouterInput, other: RouterInput) -> tuple[Tensor, Tensor]:
+    """Tokens and ids to replace one's own with: each group's from the same group of another batch.
+
+    Group by group, so that it does not matter how groups are spread over ranks. A shorter group is taken all round;
+    where the other is empty, or is the same batch, the group's own text read backwards will do.
+    """
+    (tokens_TD, ids_T, groups), (other_TD, other_ids_T, other_groups) = own, other
+    tokens, ids = [tokens_TD[:0]], [ids_T[:0]]
+    places = zip(groups.starts(), groups.sizes, other_groups.starts(), other_groups.sizes, strict=True)
+    for start, size, other_start, other_size in places:
+        if other_size and other_ids_T is not ids_T:
+            index = other_start + torch.arange(size, device=ids_T.device) % other_size
+            tokens.append(other_TD[index])
+            ids.append(other_ids_T[index])
+        else:
+            tokens.append(tokens_TD[start : start + size].flip(0))
+            ids.append(ids_T[start : start + size].flip(0))
+    return torch.cat(tokens), torch.cat(ids)
 
 
 class DropByPosition(pl.Callback):

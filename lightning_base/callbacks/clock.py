@@ -15,11 +15,14 @@ class TrainingClock(pl.Callback):
     ``train/step_time`` [s] is the mean and ``train/tokens_per_second`` [1/s, all ranks] the total over the time of the
     steps since the last log, whatever the logging interval. ``train/memory_mb`` is the peak of this process so far:
     device memory on a GPU, resident memory on a CPU.
+
+    Attributes:
+        taken: seconds of the last batch.
     """
 
     def __init__(self, log_every_n_steps: int) -> None:
         self.log_every_n_steps = log_every_n_steps
-        self.seconds = 0.0
+        self.seconds = self.taken = 0.0
         self._started: float | None = None
         self._window_seconds, self._window_tokens, self._window_steps = 0.0, 0, 0
         self._peak = 0.0
@@ -35,9 +38,9 @@ class TrainingClock(pl.Callback):
         assert self._started is not None
         if pl_module.device.type == "cuda":
             torch.cuda.synchronize(pl_module.device)
-        taken = time.perf_counter() - self._started
-        self.seconds += taken
-        self._window_seconds += taken
+        self.taken = time.perf_counter() - self._started
+        self.seconds += self.taken
+        self._window_seconds += self.taken
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
         self._window_tokens += int(batch["step_targets"].reshape(-1)[0])

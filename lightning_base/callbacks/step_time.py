@@ -9,6 +9,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
+from lightning_base.callbacks.clock import TrainingClock
 from lightning_base.metrics.compute import idle_fraction
 from lightning_base.module import LanguageModel
 from lightning_base.moe.stopwatch import Stopwatch
@@ -50,10 +51,11 @@ class StepTime(pl.Callback):
 
     Args:
         log_every_n_steps: optimizer steps between two measured steps; the first step is measured too.
+        clock: knows how long a batch took; it comes earlier in the list of callbacks.
     """
 
-    def __init__(self, log_every_n_steps: int) -> None:
-        self.log_every_n_steps = log_every_n_steps
+    def __init__(self, log_every_n_steps: int, clock: TrainingClock) -> None:
+        self.log_every_n_steps, self.clock = log_every_n_steps, clock
         self._watch: Stopwatch | None = None
         self._began = 0.0
         self._times = dict.fromkeys(("assignment", "local", "forward", "step"), 0.0)
@@ -90,7 +92,7 @@ class StepTime(pl.Callback):
         if self._watch is None:
             return
         assert isinstance(pl_module, LanguageModel)
-        self._times["step"] += self._watch.now() - self._began
+        self._times["step"] += self.clock.taken
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
         seconds = {**self._watch.seconds, **self._times}
