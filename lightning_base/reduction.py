@@ -12,8 +12,8 @@ Key = TypeVar("Key", bound=Hashable)
 def sum_over_ranks(values: Mapping[Key, Tensor], reduce: Callable[[Tensor], Tensor]) -> dict[Key, Tensor]:
     """The sum of each value over ranks, in its own shape and dtype.
 
-    Sent as one vector in double precision, which holds counts exactly up to 2^53: a step of a deep model would otherwise
-    wait for a dozen small collectives.
+    Sent as one vector in double precision, which holds counts exactly up to 2^53: a step of a deep model would
+    otherwise wait for a dozen small collectives.
 
     Args:
         values: the same keys and shapes on every rank.

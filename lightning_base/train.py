@@ -65,6 +65,7 @@ def run(config: Config, directory: Path) -> Result:
 
     data = build_data(config)
     module = build_module(config)
+    module.last_checkpoint = str(resume) if resume else None
     every = config.trainer.log_every_n_steps
     clock, fingerprint = TrainingClock(every), BatchFingerprint()
     load = ExpertLoadLogger(directory / "expert_load.csv", every, resumed_step)

@@ -10,8 +10,8 @@ from lightning_base.model import initialize
 from lightning_base.routing import Router, RoutingGroups, RoutingPlan
 
 FOLDER = Path(__file__).parents[1] / "conf" / "router"
-# A router with an option that must be given ("???") needs something that no random tokens have: replay knows the text of
-# its source alone, and has tests of its own for the same promises.
+# A router with an option that must be given ("???") needs something that no random tokens have: replay knows the text
+# of its source alone, and has tests of its own for the same promises.
 ROUTERS = sorted(file.stem for file in FOLDER.glob("*.yaml") if not OmegaConf.missing_keys(OmegaConf.load(file)))
 WIDTH = 16
 VOCABULARY = 100

@@ -1,0 +1,87 @@
+"""A job of two ranks is told to stop and goes on: totals, losses and recorded plans as if nobody had interrupted it."""
+
+import signal
+from pathlib import Path
+
+import numpy as np
+import program
+import pytest
+from test_interruption import start, wait_for_step
+
+STEPS = 40
+ARGUMENTS = (
+    "router=switch",
+    "router.capacity_factor=0.75",
+    "strategy=ddp",
+    "trainer.devices=2",
+    f"trainer.max_steps={STEPS}",
+    "trainer.checkpoint_every_n_steps=10",
+    "trainer.validate_every_n_steps=20",
+    "trainer.record_plans=true",
+)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(small_corpus: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nobody interrupts."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    done = program.train(*small_corpus, *ARGUMENTS, f"runs_dir={folder}")
+    assert done.returncode == 0, done.stderr
+    return program.only_job(folder)
+
+
+@pytest.fixture(scope="module")
+def resumed(small_corpus: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same run, which got SIGTERM between two checkpoints and was started again."""
+    folder = tmp_path_factory.mktemp("resumed")
+    arguments = (*small_corpus, *ARGUMENTS, f"runs_dir={folder}")
+    process = start(*arguments)
+    directory = wait_for_step(folder, 13, process)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=90)
+    assert process.returncode == 128 + signal.SIGTERM, errors
+    assert program.read(directory / "status.json")["state"] == "preempted"
+    assert len(program.series(directory, "train/loss")) < STEPS
+
+    again = program.train(*arguments)
+    assert again.returncode == 0, again.stderr
+    return directory
+
+
+def test_totals_are_those_of_all_ranks_and_all_steps(undisturbed: Path, resumed: Path) -> None:
+    expected, found = (program.read(path / "manifest.json") for path in (undisturbed, resumed))
+    for field in (
+        "tokens",
+        "assignments",
+        "assignments_dropped",
+        "sequences",
+        "steps",
+        "batch_fingerprint",
+        "world_size",
+    ):
+        assert found[field] == expected[field], field
+    # 40 steps of 16 sequences of 32 tokens.
+    assert found["tokens"] == found["assignments"] == STEPS * 16 * 32
+    assert 0 < found["assignments_dropped"] < found["assignments"]
+
+
+@pytest.mark.parametrize("name", ["train/loss", "validation/loss", "final/loss", "train_step/drop_rate/layer_1"])
+def test_curves_are_bit_for_bit_those_of_an_undisturbed_run(name: str, undisturbed: Path, resumed: Path) -> None:
+    assert program.series(resumed, name) == program.series(undisturbed, name)
+    assert program.series(resumed, name)
+
+
+def test_recorded_plans_are_those_of_an_undisturbed_run(undisturbed: Path, resumed: Path) -> None:
+    expected, found = (
+        {str(path.relative_to(folder)): path for path in sorted((folder / "plans").rglob("*.npz"))}
+        for folder in (undisturbed, resumed)
+    )
+    assert found.keys() == expected.keys()
+    # 40 steps, two validations and a final pass, on two ranks.
+    assert len(found) == 2 * (STEPS + 2 + 1)
+    for name, path in found.items():
+        with np.load(path) as one, np.load(expected[name]) as other:
+            assert one.files == other.files, name
+            assert all((one[column] == other[column]).all() for column in one.files), name
+    index = program.read(resumed / "plans" / "recording.json")
+    assert len(index["files"]) == len(found)
