@@ -28,7 +28,7 @@ def run(quick: bool = False) -> None:
     """Print compile time, the table of times and ratios, growth with size, and the gain from threads.
 
     Args:
-        quick: the three smaller sizes, fewer repetitions and no growth table; about half a minute instead of six.
+        quick: the three smaller sizes, fewer repetitions and no growth table; about half a minute instead of three.
     """
     torch.set_num_threads(1)
     print(f"compilation, once per machine: {compile_seconds():.1f} s")
