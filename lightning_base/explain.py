@@ -37,7 +37,13 @@ def _near_keys(cause: BaseException | None, key: str) -> str:
     parent = getattr(cause, "parent_node", None)
     if parent is None:
         return ""
-    return did_you_mean(key.rpartition(".")[2], [str(name) for name in parent])
+    group, _, name = key.rpartition(".")
+    near = did_you_mean(name, [str(one) for one in parent if one != "_target_"])
+    if "_target_" not in parent:
+        return near
+    # Hydra composes a sweep once with the default of every group, before it composes the jobs.
+    owner = str(parent._get_node("_target_")).rpartition(".")[2]
+    return f" while {group} is {owner}{near}; in a sweep over {group}, write ++{key}=..."
 
 
 def _first_line(text: str) -> str:

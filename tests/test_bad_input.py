@@ -14,6 +14,11 @@ CASES = {
     ),
     "an unknown key that is appended": (["+trainer.max_stepz=5"], "did you mean max_steps?"),
     "an unknown option of a router": (["router=switch", "router.capacity=2"], "did you mean capacity_factor?"),
+    "an option of some routers of a sweep": (
+        ["-m", "router=switch,top_k", "router.capacity_factor=2"],
+        "router.capacity_factor is not a key of the configuration while router is BASE; choose one of num_experts, "
+        "solver, top_k; in a sweep over router, write ++router.capacity_factor=...",
+    ),
     "another type": (["trainer.max_steps=many"], "trainer.max_steps='many' should be a whole number"),
     "another type in a list": (["module.betas=[0.9,x]"], "module.betas=[0.9, 'x'] should be a list of a number"),
     "a value out of range": (["trainer.max_steps=0"], "trainer.max_steps=0 is out of range: give at least 1"),
