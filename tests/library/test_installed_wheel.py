@@ -1,4 +1,4 @@
-"""The wheel in an environment of its own, which has the declared dependencies and nothing else."""
+"""The wheel in an environment of its own: the declared dependencies, a model to put layers into, and no more."""
 
 import json
 import re
@@ -12,6 +12,7 @@ from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from pathlib import Path
 
 import pytest
+import test_page as page
 from packaging.requirements import Requirement
 
 HERE = Path(__file__).parent
@@ -62,7 +63,8 @@ def needed(requirements: list[str], extras: frozenset[str] = frozenset()) -> dic
 
 @pytest.fixture(scope="module")
 def python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The interpreter of a new environment: the wheel, and links to the dependencies that pyproject.toml declares."""
+    """The interpreter of a new environment: the wheel, links to the dependencies that pyproject.toml declares, and to
+    ``transformers``, whose GPT-2 the page puts layers into."""
     folder = tmp_path_factory.mktemp("environment")
     venv.create(folder / "venv", with_pip=False)
     interpreter = folder / "venv" / "bin" / "python"
@@ -72,7 +74,7 @@ def python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     declared = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["dependencies"]
     links = folder / "dependencies"
     links.mkdir()
-    for found in needed(declared).values():
+    for found in needed([*declared, "transformers"]).values():
         for top in {file.parts[0] for file in found.files or () if file.parts[0] not in ("..", "__pycache__")}:
             target = Path(str(found.locate_file(top)))
             if not (links / top).exists():
@@ -100,6 +102,17 @@ def test_a_program_trains_in_plain_pytorch_from_the_installed_wheel(python: Path
     # 2 groups of 4 sequences of 16 tokens over 8 experts.
     assert seen["loads"] == [[8] * 8] * 2
     assert not {"hydra", "omegaconf", "pytorch_lightning", "lightning_fabric", "tensorboard"} & set(seen["imported"])
+
+
+def test_the_code_of_the_page_runs_from_the_wheel_and_does_what_it_says(python: Path, tmp_path: Path) -> None:
+    code = page.program()
+    assert code.count("assert ") >= 5
+    (tmp_path / "library.py").write_text(code)
+    run(python, "-I", "library.py", cwd=tmp_path)
+    header, *rows = (tmp_path / "loads.csv").read_text().splitlines()
+    assert header == "step,stage,layer,expert,demand,load"
+    # 2 steps are recorded, of a layer with 4 experts and one with 8.
+    assert len(rows) == 2 * (4 + 8)
 
 
 def test_every_part_of_the_package_imports_with_the_declared_dependencies(python: Path, tmp_path: Path) -> None:
