@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -55,13 +56,14 @@ def launch(arguments: list[str]) -> tuple[int, bool]:
     Returns:
         The tree's exit code, and whether this process was asked to stop by SIGTERM meanwhile.
     """
-    child = subprocess.Popen(arguments, start_new_session=True, preexec_fn=die_with_parent, env=_environment())
-    seen: set[psutil.Process] = set()
-    try:
-        with _forward_signals(child) as received:
-            code = _wait(child, seen)
-    finally:
-        _end_group(child, seen)
+    with tempfile.TemporaryDirectory(prefix="lightning_base_", ignore_cleanup_errors=True) as logs:
+        child = subprocess.Popen(arguments, start_new_session=True, preexec_fn=die_with_parent, env=_environment(logs))
+        seen: set[psutil.Process] = set()
+        try:
+            with _forward_signals(child) as received:
+                code = _wait(child, seen)
+        finally:
+            _end_group(child, seen)
     return code if code >= 0 else 128 - code, signal.SIGTERM in received
 
 
@@ -72,11 +74,12 @@ def die_with_parent() -> None:
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
 
 
-def _environment() -> dict[str, str]:
+def _environment(logs: str) -> dict[str, str]:
     # torchrun would set the first itself with a warning; each rank sets its threads from the configuration. Threads
     # that sleep at a barrier instead of spinning cost a tenth on a quiet machine and save a factor of five on a busy
     # one.
-    return {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", **os.environ}
+    # torchrun makes a directory of its own under /tmp for every job, and leaves it there, unless it is given one.
+    return {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "PET_LOG_DIR": logs, **os.environ}
 
 
 @contextmanager

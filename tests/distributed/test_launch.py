@@ -53,3 +53,20 @@ def test_a_root_that_dies_leaves_no_worker(tmp_path: Path) -> None:
     printed, _ = launcher.communicate(timeout=30)
     assert printed.strip() == f"({128 + signal.SIGKILL}, False)"
     assert psutil.wait_procs([worker], timeout=10)[1] == []
+
+
+def test_a_job_of_two_ranks_leaves_nothing_in_the_temporary_directory(tmp_path: Path) -> None:
+    (tmp_path / "rank.py").write_text("import os; print('rank', os.environ['RANK'], flush=True)")
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [sys.executable, "-c", LAUNCHER, *torchrun, str(tmp_path / "rank.py")],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "TMPDIR": str(temporary)},
+        timeout=120,
+    )
+    lines = done.stdout.splitlines()
+    assert sorted(lines) == ["(0, False)", "rank 0", "rank 1"], done.stderr
+    assert list(temporary.iterdir()) == []
