@@ -213,6 +213,8 @@ def hyperparameters(config: Config) -> dict[str, Any]:
         "router": type(router).__name__,
         "num_experts": router.num_experts,
         "top_k": router.top_k,
+        # A loss that was measured with a view of later tokens does not compare.
+        "causal": "yes" if router.causal else "in evaluation" if router.causal_in_evaluation else "no",
         "options": ", ".join(f"{key}={value}" for key, value in own.items()),
         "seed": config.seed,
         "max_steps": config.trainer.max_steps,

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import program
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 EXPERTS = 4
 STEPS = ("trainer.max_steps=4", "trainer.log_every_n_steps=2", "trainer.validate_every_n_steps=4")
@@ -186,3 +188,14 @@ def test_the_phases_of_a_logged_step_add_up(runs: dict[str, Path]) -> None:
         total = sum(series[0][1] for series in found.values())
         rough = 1e-9 if arm != "two_ranks" else 0.5
         assert total == pytest.approx(program.series(path, "train/step_time")[0][1], rel=rough)
+
+
+@pytest.mark.parametrize(("arm", "causal"), [("base", "in evaluation"), ("uniform", "yes")])
+def test_the_hyperparameters_in_tensorboard_say_which_arm_is_causal(
+    runs: dict[str, Path], arm: str, causal: str
+) -> None:
+    events = EventAccumulator(str(runs[arm] / "tensorboard")).Reload()
+    content = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+    shown = HParamsPluginData.FromString(content).session_start_info.hparams
+    assert shown["causal"].string_value == causal
+    assert shown["num_experts"].number_value == EXPERTS
