@@ -206,7 +206,7 @@ def seed_everything(seed: int) -> None:
 
 
 def hyperparameters(config: Config) -> dict[str, Any]:
-    """What tells runs apart, under keys that every router has."""
+    """What tells runs apart, under keys that every router has; TensorBoard's table shows the first five by name."""
     router = config.build_router()
     own = {k: v for k, v in config.router.items() if k not in ("_target_", "num_experts", "top_k")}
     return {
@@ -215,7 +215,7 @@ def hyperparameters(config: Config) -> dict[str, Any]:
         "top_k": router.top_k,
         # A loss that was measured with a view of later tokens does not compare.
         "causal": "yes" if router.causal else "in evaluation" if router.causal_in_evaluation else "no",
-        "options": ", ".join(f"{key}={value}" for key, value in own.items()),
+        "router_options": ", ".join(f"{key}={value}" for key, value in own.items()),
         "seed": config.seed,
         "max_steps": config.trainer.max_steps,
         "learning_rate": config.module.learning_rate,

@@ -34,7 +34,8 @@ class Alarm:
 
 class Alarms(pl.Callback):
     """Watches every sparse layer and raises an alarm, once per layer and name, in the progress bar, in TensorBoard
-    (a text and ``alarm/<name>``), in metrics.csv and in status.json. The run goes on.
+    (texts ``alarm/<name>/<layer>``; curves ``alarm/<name>``, in how many layers), in metrics.csv and in status.json. The
+    run goes on.
 
     ``collapse``: one expert is asked for more than X times its even share, where X is ``collapse_factor``, or halfway
     between an even share and all there is where that is less, so that few experts or a large k can collapse too. Seen
@@ -170,7 +171,8 @@ class Alarms(pl.Callback):
         writer = tensorboard_writer(trainer)
         if writer is not None:
             for alarm in raised:
-                writer.add_text(f"alarm/{alarm.name}", alarm.sentence, alarm.step)
+                # Of two texts with one tag and step TensorBoard shows the later.
+                writer.add_text(f"alarm/{alarm.name}/{alarm.layer}", alarm.sentence, alarm.step)
         self.run.write_alarms([asdict(alarm) for alarm in self.alarms])
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:

@@ -205,8 +205,8 @@ def test_counts_are_those_of_all_ranks(tmp_path: Path) -> None:
 def skewed(small_corpus: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The run of a router that sends all tokens to expert 0, and what the terminal showed."""
     folder = tmp_path_factory.mktemp("skewed")
-    steps = ("trainer.max_steps=12", "trainer.validate_every_n_steps=12")
-    done = program.train(*small_corpus, *steps, "router=skewed", f"runs_dir={folder}")
+    options = ("trainer.max_steps=12", "trainer.validate_every_n_steps=12", "model.depth=4")
+    done = program.train(*small_corpus, *options, "router=skewed", f"runs_dir={folder}")
     assert done.returncode == 0, done.stderr
     return program.only_job(folder), done.stdout + done.stderr
 
@@ -216,19 +216,24 @@ def test_a_run_with_alarms_goes_on_and_says_so_in_its_status(skewed: tuple[Path,
     assert status["state"] == "done"
     assert [(alarm["name"], alarm["layer"], alarm["step"], alarm["value"]) for alarm in status["alarms"]] == [
         ("collapse", "layer_1", 3, 8.0),
+        ("collapse", "layer_3", 3, 8.0),
         ("dead_experts", "layer_1", 10, 7.0),
+        ("dead_experts", "layer_3", 10, 7.0),
     ]
     assert "layer_1 sends 8.0 times an even share to expert 0" in status["alarms"][0]["sentence"]
 
 
 def test_alarms_are_curves_and_texts(skewed: tuple[Path, str]) -> None:
     found = dict(program.series(skewed[0], "alarm/collapse"))
-    assert found == {step: float(step >= 3) for step in range(1, 13)}
+    # In how many of the two layers.
+    assert found == {step: 2.0 * (step >= 3) for step in range(1, 13)}
     events = EventAccumulator(str(skewed[0] / "tensorboard")).Reload()
-    assert [event.value for event in events.Scalars("alarm/dead_experts")] == [0.0] * 9 + [1.0] * 3
-    (event,) = events.Tensors("alarm/collapse/text_summary")
-    assert event.step == 3
-    assert b"8.0 times an even share" in event.tensor_proto.string_val[0]
+    assert [event.value for event in events.Scalars("alarm/dead_experts")] == [0.0] * 9 + [2.0] * 3
+    # One tag for each layer: of two texts with one tag and step TensorBoard shows the later.
+    for layer in ("layer_1", "layer_3"):
+        (event,) = events.Tensors(f"alarm/collapse/{layer}/text_summary")
+        assert event.step == 3
+        assert f"{layer} sends 8.0 times an even share".encode() in event.tensor_proto.string_val[0]
 
 
 def test_the_progress_bar_shows_what_rings(skewed: tuple[Path, str]) -> None:
