@@ -34,8 +34,8 @@ class Alarm:
 
 class Alarms(pl.Callback):
     """Watches every sparse layer and raises an alarm, once per layer and name, in the progress bar, in TensorBoard
-    (texts ``alarm/<name>/<layer>``; curves ``alarm/<name>``, in how many layers), in metrics.csv and in status.json. The
-    run goes on.
+    (texts ``alarm/<name>/<layer>``; curves ``alarm/<name>``, in how many layers), in metrics.csv and in status.json.
+    The run goes on.
 
     ``collapse``: one expert is asked for more than X times its even share, where X is ``collapse_factor``, or halfway
     between an even share and all there is where that is less, so that few experts or a large k can collapse too. Seen
