@@ -190,6 +190,7 @@ class Alarms(pl.Callback):
                 sentence = f"{layer} has gates that are not finite at step {step}: {exception}"
                 alarm = Alarm(NON_FINITE, layer, step, float(bad), sentence)
                 self.alarms.append(alarm)
+                self.active.append(NON_FINITE)
                 # On whichever rank it happened: the others only see that one is gone.
                 for logger in trainer.loggers:
                     logger.log_metrics({f"alarm/{NON_FINITE}": 1.0}, step)

@@ -82,6 +82,7 @@ class PlanRecorder(pl.Callback):
         facts = {
             "num_experts": router.num_experts,
             "top_k": router.top_k,
+            "asks_for_fewer": router.asks_for_fewer,
             "causal": router.causal,
             "causal_in_evaluation": router.causal_in_evaluation,
             "evaluation_modes": list(router.evaluation_modes),

@@ -87,7 +87,8 @@ def check_ledger(run: Run) -> Iterator[str]:
     ledger, router = run.ledger, run.config.get("router", {})
     configured = str(router.get("_target_", "")).rpartition(".")[2]
     for name, value in {**router, "router": configured}.items():
-        if name in ledger and ledger[name] != value:
+        # A replay leaves open what its source decides.
+        if name in ledger and value is not None and ledger[name] != value:
             yield f"ledger.{name} is {ledger[name]!r} in manifest.json and {value!r} in .hydra/config.yaml"
     chosen = run.config.get("module", {}).get("loss_coefficients") or {}
     for name, value in chosen.items():

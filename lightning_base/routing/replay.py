@@ -76,6 +76,7 @@ class Replay(Router):
         super().__init__(num_experts=int(facts["num_experts"]), top_k=int(facts["top_k"]))
         self.recording = recording
         self.weight = weight
+        self.asks_for_fewer = bool(facts["asks_for_fewer"])
         self.causal = bool(facts["causal"])
         self.causal_in_evaluation = bool(facts["causal_in_evaluation"])
         self.evaluation_modes = tuple(facts["evaluation_modes"])  # type: ignore[misc]  # the source's, not the class's

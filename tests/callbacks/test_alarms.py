@@ -133,8 +133,10 @@ def test_gates_that_are_not_finite_are_named_in_the_step_that_fails(router: str,
     write_json(tmp_path / "status.json", {"state": "running", "pid": 123})
     module = language_model(router, max_steps=4)
     batches = [batch for step in range(4) for batch in micro_batches(step)]
+    alarms = Alarms(RunDirectory(tmp_path), 1)
     with pytest.raises(NonFiniteError, match="not finite at step 3"):
-        fit(module, batches, Alarms(RunDirectory(tmp_path), 1), Poison())
+        fit(module, batches, alarms, Poison())
+    assert alarms.active == ["non_finite_gates"], "what the progress bar shows"
     (alarm,) = program.read(tmp_path / "status.json")["alarms"]
     assert (alarm["name"], alarm["layer"], alarm["step"]) == ("non_finite_gates", "layer_1", 3)
     assert alarm["value"] > 0

@@ -21,6 +21,7 @@ class Nearest(Router):
     def __init__(self, *, num_experts: int, width: int) -> None:
         super().__init__(num_experts=num_experts)
         self.points = nn.Parameter(torch.empty(num_experts, width))
+        self.reset_parameters()
 
     def reset_parameters(self) -> None:
         nn.init.normal_(self.points)
