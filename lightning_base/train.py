@@ -93,7 +93,7 @@ def run(config: Config, directory: Path) -> Result:
     except PreemptedError:
         return Result("preempted", directory, {})
     metrics: dict[str, float] = {}
-    for mode in (None, *module.evaluation_modes[1:]):
+    for mode in (None, *list(module.evaluation_modes)[1:]):
         module.set_evaluation_mode(mode)
         (values,) = trainer.test(module, datamodule=data, verbose=False)
         metrics.update(values)

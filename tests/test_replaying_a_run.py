@@ -83,7 +83,7 @@ def test_a_replay_knows_what_its_source_is(runs: dict[str, Path]) -> None:
     manifest = program.read(runs["recorded"] / "manifest.json")
     assert manifest["ledger"]["num_experts"] == 8
     assert manifest["ledger"]["causal_in_training"] is False
-    assert manifest["ledger"]["causal_in_evaluation"] is True
+    assert manifest["ledger"]["evaluation_modes"] == {"greedy": True, "balanced": False}
     base = program.read(runs["base"] / "manifest.json")
     # The same experts, and with recorded gates no router: 2 * 3 products of D = 32 and E = 8 less per token.
     difference = base["ledger"]["flops_per_token"] - manifest["ledger"]["flops_per_token"]

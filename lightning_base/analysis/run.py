@@ -31,6 +31,7 @@ class FinishedRun:
     config: Config
     manifest: dict[str, Any]
     checkpoints: dict[int, Path]
+    causal: bool
 
     @property
     def name(self) -> str:
@@ -69,7 +70,7 @@ def open_run(path: Path) -> FinishedRun:
             f"the run {path} repeats what another one has routed, router.source={config.router.get('source')}: "
             "analyse that one"
         )
-    return FinishedRun(run, config, manifest, checkpoints_of(run))
+    return FinishedRun(run, config, manifest, checkpoints_of(run), router.causal_in_evaluation)
 
 
 def state_of(run: RunDirectory) -> str:

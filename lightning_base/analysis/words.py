@@ -11,9 +11,10 @@ def lead(run: FinishedRun, findings: Findings) -> str:
     """What this is about, in one sentence."""
     layer = findings.layers[0]
     per_token = layer.choices.asked / layer.choices.num_tokens
+    later = "" if run.causal else ", which for this router depends on later tokens (not causal)"
     return (
         f"{run.router} with {layer.choices.num_experts} experts, {per_token:.3g} per token, at step "
-        f"{findings.newest:,}: {layer.choices.num_tokens:,} validation tokens, routed as in evaluation."
+        f"{findings.newest:,}: {layer.choices.num_tokens:,} validation tokens, routed as in evaluation{later}."
     )
 
 

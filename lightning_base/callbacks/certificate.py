@@ -119,7 +119,7 @@ class Certificate(pl.Callback):
             "capacity_factor": getattr(router, "capacity_factor", None),
             "asks_for_fewer": router.asks_for_fewer,
             "causal_in_training": router.causal,
-            "causal_in_evaluation": router.causal_in_evaluation,
+            "evaluation_modes": dict(router.evaluation_modes),
             "parameters": total,
             "active_parameters": total - experts + experts * router.top_k // router.num_experts,
             "expert_hidden_width": next(iter(layers.values())).experts.w1[0].shape[-1],

@@ -84,8 +84,7 @@ class PlanRecorder(pl.Callback):
             "top_k": router.top_k,
             "asks_for_fewer": router.asks_for_fewer,
             "causal": router.causal,
-            "causal_in_evaluation": router.causal_in_evaluation,
-            "evaluation_modes": list(router.evaluation_modes),
+            "evaluation_modes": dict(router.evaluation_modes),
             "layers": list(layers),
         }
         write_json(self.folder / INDEX, {"router": facts, "files": dict(sorted(files.items()))})

@@ -123,5 +123,7 @@ def set_evaluation_mode(model: nn.Module, mode: str | None) -> None:
     """Sets how the routers in ``model`` that know ``mode`` route in evaluation; None restores the default."""
     for module in model.modules():
         if isinstance(module, Router):
-            chosen = mode if mode in module.evaluation_modes else None
-            module.evaluation_mode = chosen or module.evaluation_modes[0]
+            if mode is not None and mode in module.evaluation_modes:
+                module.evaluation_mode = mode
+            else:
+                module.evaluation_mode = module.default_evaluation_mode

@@ -7,7 +7,7 @@ import numpy as np
 from lightning_base.report.fairness import Arm, Comparison
 from lightning_base.report.measures import DASH, Measure, Reader, cell, number, percent, result
 from lightning_base.report.read import Run
-from lightning_base.report.table import Column, Table, evaluation_modes, marked, usual_mode
+from lightning_base.report.table import Column, Table, footnotes, marked, marked_in_mode, other_modes, usual_mode
 
 
 def question_tables(comparison: Comparison, labels: Sequence[str]) -> list[Table]:
@@ -34,7 +34,7 @@ def measure_table(
         for label, arm, row in zip(labels, comparison.arms, rows, strict=True)
         if any(row[j] != DASH for j in used)
     ]
-    return Table(title, [Column("arm"), *columns], kept, lead=lead)
+    return Table(title, [Column("arm"), *columns], kept, footnotes(kept), lead=lead)
 
 
 def last(name: str) -> Reader:
@@ -166,18 +166,18 @@ def gap_table(comparison: Comparison, labels: Sequence[str]) -> Table:
     ]
     rows = []
     for label, arm in zip(labels, comparison.arms, strict=True):
-        modes = evaluation_modes(arm)
-        for mode in ["final", *modes] if modes else []:
+        usual, others = usual_mode(arm), other_modes(arm)
+        for mode in [usual, *others] if others else []:
+            stage = "final" if mode == usual else f"final_{mode}"
             rows.append(
                 [
-                    marked(label, arm),
-                    usual_mode(arm) if mode == "final" else mode.removeprefix("final_"),
-                    cell(arm, last(f"{mode}_pass/routing_gap/mean"), percent),
-                    cell(arm, result(f"{mode}/loss"), number(4)),
-                    cell(arm, last(f"{mode}_pass/max_vio/load/mean"), number(3)),
+                    *marked_in_mode(label, arm, mode, mode),
+                    cell(arm, last(f"{stage}_pass/routing_gap/mean"), percent),
+                    cell(arm, result(f"{stage}/loss"), number(4)),
+                    cell(arm, last(f"{stage}_pass/max_vio/load/mean"), number(3)),
                 ]
             )
-    return Table("What does balanced routing change?", columns, rows, lead=GAP_LEAD)
+    return Table("What does balanced routing change?", columns, rows, footnotes(rows), lead=GAP_LEAD)
 
 
 def alarm_table(comparison: Comparison, labels: Sequence[str]) -> Table:
@@ -197,7 +197,7 @@ def alarm_table(comparison: Comparison, labels: Sequence[str]) -> Table:
     ]
     columns = [Column("arm"), Column("alarm", words=True), Column("layer", words=True), Column("step")]
     columns.append(Column("what happened", words=True))
-    return Table("What raised an alarm?", columns, rows)
+    return Table("What raised an alarm?", columns, rows, footnotes(rows))
 
 
 def sentence(arm: Arm, run: Run, alarm: dict[str, object]) -> str:

@@ -14,6 +14,7 @@ from lightning_base.report.measures import (
     unigram_entropy,
 )
 from lightning_base.report.read import Run
+from lightning_base.report.table import causal_in, usual_mode
 
 
 def summarize(comparison: Comparison, labels: Sequence[str]) -> list[str]:
@@ -54,7 +55,7 @@ def lowest(ranked: Ranked) -> str:
 
 def is_causal(arm: Arm) -> bool:
     """Whether its validation loss is that of a language model, which does not look at later tokens."""
-    return arm.first.ledger.get("causal_in_evaluation") is not False
+    return causal_in(arm, usual_mode(arm))
 
 
 def not_ranked(known: Ranked, causal: Ranked) -> list[str]:

@@ -72,29 +72,41 @@ def arms_table(title: str, measures: Sequence[Measure], comparison: Comparison, 
         for label, arm in zip(labels, arms, strict=True)
     ]
     # A loss that profits from later tokens is not the best one.
-    losses = [
-        mean(arm, final_loss) if arm.first.ledger.get("causal_in_evaluation") is not False else None for arm in arms
-    ]
+    losses = [mean(arm, final_loss) if causal_in(arm, usual_mode(arm)) else None for arm in arms]
     known = [loss for loss in losses if loss is not None]
     place = 2 if seeds else 1
     best = {(i, place) for i, loss in enumerate(losses) if known and loss == min(known) and len(arms) > 1}
-    notes = footnotes(arms)
+    notes = footnotes(rows)
     if seeds:
         notes.append("Mean ± sample standard deviation over n seeds.")
     return Table(title, columns, rows, notes, frozenset(best))
 
 
+def causal_in(arm: Arm, mode: str) -> bool:
+    """Whether a way of routing in evaluation never looks at later tokens."""
+    return bool(arm.first.ledger["evaluation_modes"][mode])
+
+
 def marked(label: str, arm: Arm) -> str:
-    """The label with the signs of its footnotes."""
-    training = NOT_CAUSAL_IN_TRAINING if arm.first.ledger.get("causal_in_training") is False else ""
-    evaluation = NOT_CAUSAL_IN_EVALUATION if arm.first.ledger.get("causal_in_evaluation") is False else ""
-    return label + training + evaluation
+    """The label with the signs of its footnotes, as the arm is usually evaluated."""
+    training = "" if arm.first.ledger["causal_in_training"] else NOT_CAUSAL_IN_TRAINING
+    return label + training + ("" if causal_in(arm, usual_mode(arm)) else NOT_CAUSAL_IN_EVALUATION)
 
 
-def footnotes(arms: Sequence[Arm]) -> list[str]:
-    """What the signs behind the labels mean; only those that occur."""
-    training = any(arm.first.ledger.get("causal_in_training") is False for arm in arms)
-    evaluation = any(arm.first.ledger.get("causal_in_evaluation") is False for arm in arms)
+def marked_in_mode(label: str, arm: Arm, words: str, mode: str | None) -> list[str]:
+    """Two cells, for tables with a row per way of routing: the arm, and ``words`` for how it routed there.
+
+    ``mode`` is None in training.
+    """
+    training = "" if arm.first.ledger["causal_in_training"] else NOT_CAUSAL_IN_TRAINING
+    causal = mode is None or causal_in(arm, mode)
+    return [label + training, words + ("" if causal else NOT_CAUSAL_IN_EVALUATION)]
+
+
+def footnotes(rows: Sequence[Sequence[str]]) -> list[str]:
+    """What the signs in the rows of a table mean; only those that occur."""
+    training = any(NOT_CAUSAL_IN_TRAINING in cell for row in rows for cell in row[:2])
+    evaluation = any(NOT_CAUSAL_IN_EVALUATION in cell for row in rows for cell in row[:2])
     notes = []
     if training:
         notes.append(
@@ -104,22 +116,28 @@ def footnotes(arms: Sequence[Arm]) -> list[str]:
         )
     if evaluation:
         notes.append(
-            f"{NOT_CAUSAL_IN_EVALUATION} Not causal in evaluation: its validation loss makes use of later tokens and "
-            "is no loss of a language model."
+            f"{NOT_CAUSAL_IN_EVALUATION} Not causal in evaluation: tokens are routed with a view of later ones, so "
+            "that a validation loss there is no loss of a language model."
         )
     return notes
 
 
 @dataclass(frozen=True)
 class Scope:
-    """Where balance is measured: the prefix of its scalars, and whether these are averaged over training."""
+    """Where balance is measured: the prefix of its scalars, and the way of routing in evaluation; None in training,
+    over which scalars are averaged.
+    """
 
     name: str
     prefix: str
-    training: bool = False
+    mode: str | None = None
+
+    @property
+    def training(self) -> bool:
+        return self.mode is None
 
 
-TRAINING = (Scope("training, one routing group", "train_group", True), Scope("training, one step", "train_step", True))
+TRAINING = (Scope("training, one routing group", "train_group"), Scope("training, one step", "train_step"))
 SIDES = (("demand", "Demand: what the router asked for"), ("load", "Load: what was computed, after drops"))
 
 
@@ -135,14 +153,13 @@ def balance_table(comparison: Comparison, labels: Sequence[str]) -> Table:
             stage = scope.prefix.removesuffix("_pass")
             rows.append(
                 [
-                    marked(label, arm),
-                    scope.name,
+                    *marked_in_mode(label, arm, scope.name, scope.mode),
                     *(cell(arm, read, number(3)) for read in sides),
                     cell(arm, scalar(scope, f"{scope.prefix}/drop_rate/mean"), percent),
                     DASH if scope.training else cell(arm, result(f"{stage}/loss"), number(4)),
                 ]
             )
-    return Table("Balance", columns, rows)
+    return Table("Balance", columns, rows, footnotes(rows))
 
 
 SCOPE_HELP = (
@@ -160,21 +177,19 @@ LOSS_HELP = "validation loss [nats per token] when routed this way"
 
 def scopes(arm: Arm) -> list[Scope]:
     """Training, the evaluation that counts, and every other evaluation mode that was measured."""
-    modes = evaluation_modes(arm)
-    usual = f"evaluation, {usual_mode(arm)}" if modes else "evaluation"
-    others = [Scope(f"evaluation, {mode.removeprefix('final_')}", f"{mode}_pass") for mode in modes]
-    return [*TRAINING, Scope(usual, "final_pass"), *others]
-
-
-def evaluation_modes(arm: Arm) -> list[str]:
-    """``final_<mode>`` of every way of routing in evaluation but the usual one."""
-    names = {name for run in arm.runs for name in run.manifest["result"] if name.endswith("/loss")}
-    return sorted(name.split("/")[0] for name in names - {"final/loss"})
+    modes, usual = other_modes(arm), usual_mode(arm)
+    others = [Scope(f"evaluation, {mode}", f"final_{mode}_pass", mode) for mode in modes]
+    return [*TRAINING, Scope(f"evaluation, {usual}" if modes else "evaluation", "final_pass", usual), *others]
 
 
 def usual_mode(arm: Arm) -> str:
-    """What the usual way of routing in evaluation is called beside the others."""
-    return "greedy" if "final_balanced" in evaluation_modes(arm) else "as usual"
+    """The way of routing in evaluation that counts."""
+    return str(next(iter(arm.first.ledger["evaluation_modes"])))
+
+
+def other_modes(arm: Arm) -> list[str]:
+    """Every other way in which the validation text was routed."""
+    return [mode for mode in arm.first.ledger["evaluation_modes"] if mode != usual_mode(arm)]
 
 
 def balance(scope: Scope, name: str, side: str) -> Reader:

@@ -35,7 +35,6 @@ def markdown_section(section: Section, drawn: Sequence[Picture], folder: str, se
     for table in section.tables:
         lines += [f"### {escape(table.title)}", "", *([escape(table.lead), ""] if table.lead else [])]
         lines += [*markdown_table(table), ""]
-        lines += [line for note in table.notes for line in (escape(note), "")]
     for picture in drawn:
         name, title = f"{folder}/{picture.name}.png", escape(picture.title)
         lines += [f"### {title}", "", f"![{title}]({name})", "", escape(picture.caption), ""]
@@ -44,6 +43,8 @@ def markdown_section(section: Section, drawn: Sequence[Picture], folder: str, se
 
 
 def markdown_table(table: Table) -> list[str]:
+    """The table and its footnotes."""
+
     def line(cells: Sequence[str]) -> str:
         return f"| {' | '.join(cells)} |"
 
@@ -60,7 +61,8 @@ def markdown_table(table: Table) -> list[str]:
         for i, row in enumerate(table.rows)
     ]
     rule = ["---", *("---" if column.words else "---:" for column in table.columns[1:])]
-    return [line([escape(name) for name in names]), line(rule), *map(line, rows)]
+    notes = [text for note in table.notes for text in ("", escape(note))]
+    return [line([escape(name) for name in names]), line(rule), *map(line, rows), *notes]
 
 
 def terminal(document: Document) -> str:
@@ -70,6 +72,7 @@ def terminal(document: Document) -> str:
         lines += [f"== {section.title}"] * bool(section.title)
         lines += [f"   differs from the first table in {line}" for line in section.apart]
         lines += [*section.summary, *(f"NOTE {text}" for text in section.cautions), "", *columns(section.tables[0]), ""]
+        lines += [*section.tables[0].notes, ""] if section.tables[0].notes else []
     lines += [f"not in any table: {job.label} ({job.state}): {job.reason}" for job in document.left_out]
     return printable("\n".join(lines).strip())
 

@@ -57,6 +57,11 @@ def check_form(manifest: dict[str, Any]) -> Iterator[str]:
             value = ledger.get(name)
             if not (isinstance(value, int | float) and value > 0 and math.isfinite(value)):
                 yield f"ledger.{name} in manifest.json is not a number above 0: {value!r}"
+        modes = ledger.get("evaluation_modes")
+        if not (isinstance(modes, dict) and modes and all(isinstance(causal, bool) for causal in modes.values())):
+            yield f"ledger.evaluation_modes in manifest.json does not say which ways are causal: {modes!r}"
+        if not isinstance(ledger.get("causal_in_training"), bool):
+            yield f"ledger.causal_in_training in manifest.json is not true or false: {ledger.get('causal_in_training')!r}"
         if not isinstance(ledger.get("router"), str):
             yield "ledger.router in manifest.json is missing"
     result = manifest.get("result")

@@ -4,6 +4,7 @@ Shapes: T tokens, D width, E experts, K experts per token, G routing groups.
 """
 
 import time
+from types import MappingProxyType
 from typing import ClassVar
 
 import torch
@@ -40,7 +41,7 @@ class BASE(Router):
 
     causal = False
     prices: Tensor
-    evaluation_modes: ClassVar[tuple[str, ...]] = ("greedy", "balanced")
+    evaluation_modes = MappingProxyType({"greedy": True, "balanced": False})
     refused_options: ClassVar[dict[str, str]] = {
         "capacity_factor": "balanced assignment gives every expert exactly its share, so that nothing is dropped",
         "renormalize": "its gate is a sigmoid of each score by itself, and with one expert would always be 1",

@@ -59,7 +59,8 @@ class GShard(Router):
         check_scope(balance_scope)
         self.capacity_factor = capacity_factor
         self.balance_scope = balance_scope
-        self.causal = self.causal_in_evaluation = capacity_factor is None
+        self.causal = capacity_factor is None
+        self.evaluation_modes = {"default": self.causal}
         self.gate = nn.Linear(width, num_experts, bias=False)
         self.register_buffer("key", torch.zeros((), dtype=torch.int64))
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))

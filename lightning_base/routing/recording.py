@@ -31,6 +31,8 @@ from lightning_base.routing.plan import RoutingGroups, RoutingPlan
 FOLDER = "plans"
 INDEX = "recording.json"
 DIGEST_BYTES = 16
+# What a recording says of its router; evaluation_modes by name, each with whether it is causal.
+FACTS = {"num_experts", "top_k", "asks_for_fewer", "causal", "evaluation_modes", "layers"}
 
 
 @dataclass(frozen=True)
@@ -170,8 +172,7 @@ class Recording:
         source: its run directory.
 
     Attributes:
-        facts: what ``recording.json`` says of the router: num_experts, top_k, causal, causal_in_evaluation,
-            evaluation_modes, layers.
+        facts: what ``recording.json`` says of the router, see ``FACTS``.
         config: the configuration the source ran with.
 
     Raises:
@@ -197,6 +198,11 @@ class Recording:
             )
         self.config: dict[str, Any] = manifest["config"]
         self.facts: dict[str, Any] = index["router"]
+        if set(self.facts) != FACTS or not isinstance(self.facts["evaluation_modes"], dict):
+            raise ValueError(
+                f"router.source={source} was recorded by another version of lightning_base, which says other things of "
+                "its router: run it again, elsewhere, with trainer.record_plans=true"
+            )
         self._files: dict[str, int] = index["files"]
         self._passes: dict[str, list[Path]] = {}
         for name in self._files:
@@ -223,7 +229,7 @@ class Recording:
         trainer = self.config["trainer"]
         steps, every = int(trainer["max_steps"]), int(trainer["validate_every_n_steps"])
         ranks = int(trainer["devices"]) * int(trainer["num_nodes"])
-        finals = ["final", *(f"final_{mode}" for mode in self.facts["evaluation_modes"][1:])]
+        finals = ["final", *(f"final_{mode}" for mode in list(self.facts["evaluation_modes"])[1:])]
         passes = [("train", step) for step in range(steps)] + [(stage, steps) for stage in finals]
         passes += [("validation", step) for step in range(every, steps + 1, every)]
         wanted = [f"{stage}/{file_name(step, rank, ranks)}" for stage, step in passes for rank in range(ranks)]

@@ -78,9 +78,8 @@ class Replay(Router):
         self.weight = weight
         self.asks_for_fewer = bool(facts["asks_for_fewer"])
         self.causal = bool(facts["causal"])
-        self.causal_in_evaluation = bool(facts["causal_in_evaluation"])
-        self.evaluation_modes = tuple(facts["evaluation_modes"])  # type: ignore[misc]  # the source's, not the class's
-        self.evaluation_mode = self.evaluation_modes[0]
+        self.evaluation_modes = dict(facts["evaluation_modes"])
+        self.evaluation_mode = self.default_evaluation_mode
         self.centroids = nn.Parameter(torch.empty(self.num_experts, width)) if weight == "learned" else None
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
         self.reset_parameters()
@@ -106,7 +105,7 @@ class Replay(Router):
         """Where the source has recorded passes of the kind this one is."""
         if self.training:
             return ["train"]
-        if self.evaluation_mode == self.evaluation_modes[0]:
+        if self.evaluation_mode == self.default_evaluation_mode:
             return ["validation", "final"]
         return [f"final_{self.evaluation_mode}"]
 

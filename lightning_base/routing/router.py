@@ -1,6 +1,7 @@
 """Router: what every routing algorithm is to the rest of the code."""
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 from jaxtyping import Int64
@@ -22,11 +23,10 @@ class Router(nn.Module):
         num_experts: E.
         top_k: experts a token asks for.
         asks_for_fewer: True if some tokens may ask for fewer than ``top_k`` experts.
-        causal: False if a token's expert, weight or drop may depend on later tokens of its group while training. A
-            router whose options decide it sets both on the instance.
-        causal_in_evaluation: the same in evaluation, in the default evaluation mode.
+        causal: False if a token's expert, weight or drop may depend on later tokens of its group while training.
+        evaluation_modes: the ways this router can route in evaluation, and for each the same question: False if later
+            tokens may matter. The first is the default. Options that decide either set it on the instance.
         loss_coefficients: the paper's coefficient of each auxiliary loss the router returns.
-        evaluation_modes: the ways this router can route in evaluation; the first is the default.
         refused_options: options that other routers have and this one cannot have, each with the reason.
         layer: the name of the layer this router works for, once it is part of a model.
         any_text: False for a router that knows what to do with the text of its run alone, so that it cannot be probed.
@@ -35,9 +35,8 @@ class Router(nn.Module):
 
     asks_for_fewer: bool = False
     causal: bool = True
-    causal_in_evaluation: bool = True
     loss_coefficients: ClassVar[dict[str, float]] = {}
-    evaluation_modes: ClassVar[tuple[str, ...]] = ("default",)
+    evaluation_modes: Mapping[str, bool] = MappingProxyType({"default": True})
     refused_options: ClassVar[dict[str, str]] = {}
     layer: str = ""
     any_text: ClassVar[bool] = True
@@ -54,7 +53,16 @@ class Router(nn.Module):
             )
         self.num_experts = num_experts
         self.top_k = top_k
-        self.evaluation_mode = self.evaluation_modes[0]
+        self.evaluation_mode = self.default_evaluation_mode
+
+    @property
+    def default_evaluation_mode(self) -> str:
+        return next(iter(self.evaluation_modes))
+
+    @property
+    def causal_in_evaluation(self) -> bool:
+        """Whether evaluation in the default mode never looks at later tokens."""
+        return self.evaluation_modes[self.default_evaluation_mode]
 
     @property
     def needs_token_ids(self) -> bool:

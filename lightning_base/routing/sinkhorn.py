@@ -4,6 +4,7 @@ Shapes: T tokens, D width, E experts, G routing groups.
 """
 
 import math
+from types import MappingProxyType
 from typing import ClassVar
 
 import torch
@@ -35,7 +36,7 @@ class Sinkhorn(Router):
     """
 
     causal = False
-    evaluation_modes: ClassVar[tuple[str, ...]] = ("greedy", "balanced")
+    evaluation_modes = MappingProxyType({"greedy": True, "balanced": False})
     refused_options: ClassVar[dict[str, str]] = {
         "solver": "it relaxes the assignment instead of solving it; router=base takes router.solver",
     }

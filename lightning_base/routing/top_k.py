@@ -73,7 +73,8 @@ class TopK(Router):
         self.balance_scope = balance_scope
         if z_loss:
             self.loss_coefficients = {**type(self).loss_coefficients, "router_z_loss": 0.001}  # type: ignore[misc]
-        self.causal = self.causal_in_evaluation = capacity_factor is None or top_k == 1
+        self.causal = capacity_factor is None or top_k == 1
+        self.evaluation_modes = {"default": self.causal}
         self.gate = nn.Linear(width, num_experts, bias=False)
         self.reset_parameters()
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import program
 import pytest
 
-ROUTERS = ("base", "top_k", "hash", "random")
+ROUTERS = ("base", "top_k", "hash", "random", "expert_choice")
 DOMAINS = ("asyncio", "email", "http", "json", "xml")
 
 
@@ -24,11 +24,11 @@ def domain_corpus(small_corpus: list[str], tmp_path_factory: pytest.TempPathFact
 
 @pytest.fixture(scope="session")
 def kept(domain_corpus: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Finished runs of four routers with a checkpoint of every step and recorded plans, by router."""
+    """Finished runs of five routers with a checkpoint of every step and recorded plans, by router."""
     runs = tmp_path_factory.mktemp("kept")
     options = ("trainer.keep_checkpoints=null", "trainer.checkpoint_every_n_steps=1", "module.learning_rate=0.03")
     options += ("trainer.record_plans=true",)
-    done = program.train("-m", *domain_corpus, "router=base,top_k,hash,random", *options, f"runs_dir={runs}")
+    done = program.train("-m", *domain_corpus, f"router={','.join(ROUTERS)}", *options, f"runs_dir={runs}")
     assert done.returncode == 0, done.stderr
     found = program.jobs(runs)
     return {router: path for router in ROUTERS for name, path in found.items() if f"router={router}" in name}

@@ -57,6 +57,16 @@ def test_the_page_names_and_shows_every_figure_and_names_every_table(page: tuple
     assert all(name in files for name in [*figures, *tables])
 
 
+def test_routing_that_looks_at_later_tokens_is_said_to(
+    kept: dict[str, Path], page: tuple[Path, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([str(kept["expert_choice"]), "--sequences", "20"]) == 0
+    sentence = "routed as in evaluation, which for this router depends on later tokens (not causal)"
+    assert sentence in capsys.readouterr().out
+    assert sentence in (kept["expert_choice"] / "analysis" / "analysis.html").read_text()
+    assert "not causal" not in page[1] + page[0].read_text()
+
+
 def test_the_page_needs_nothing_but_itself(page: tuple[Path, str]) -> None:
     text = page[0].read_text()
     assert all(address.startswith("data:") for address in re.findall(r'(?:src|href)="([^"]*)"', text))

@@ -104,7 +104,7 @@ def write_run(
             "top_k": 1,
             "capacity_factor": options["router"].get("capacity_factor"),
             "causal_in_training": router != "BASE",
-            "causal_in_evaluation": True,
+            "evaluation_modes": {"greedy": True, "balanced": False} if router == "BASE" else {"default": True},
             "parameters": 4000,
             "active_parameters": 1000,
             "loss_coefficients": COEFFICIENTS.get(router, {}),

@@ -84,12 +84,58 @@ def test_the_leak_of_each_way_of_routing(experiment: Path) -> None:
     assert cells(table, 1)["routed as in training any"] == "0.00 %"
 
 
+def test_every_table_marks_what_looks_at_later_tokens_and_says_so_below(experiment: Path) -> None:
+    causal = {"causal_in_training": False, "evaluation_modes": {"expert_choice": False, "greedy": True}}
+    third = write_run(experiment / "third", "ExpertChoice", 4.0, ledger=causal)
+    rows = [(STEPS, "final_causality/leak_evaluation_any/max", 0.5), (STEPS, "train_step/idle_fraction_experts/mean", 0)]
+    rows += [(step, "train_time/share_router", 1.0) for step in range(1, STEPS + 1)]
+    rows += [(STEPS, "final_greedy_pass/routing_gap/mean", 0.5)]
+    add_metrics(third, rows)
+    alarm = {"name": "collapse", "layer": "layer_1", "step": 3, "value": 4.0, "sentence": "all to one"}
+    for run in ("base", "switch", "third"):
+        edit(experiment / run / "status.json", "alarms", [alarm])
+    found = tables(experiment)
+    assert len(found) == 8
+    for title, table in found.items():
+        training, evaluation = "† Not causal in training", "‡ Not causal in evaluation"
+        assert [note[: len(training)] for note in table.notes if note[0] == "†"] == [training], title
+        assert [note[: len(evaluation)] for note in table.notes if note[0] == "‡"] == [evaluation], title
+        if title in ("Balance", "What does balanced routing change?"):
+            continue
+        # As each is usually evaluated.
+        assert sorted(row[0] for row in table.rows) == ["BASE†", "ExpertChoice†‡", "Switch"], title
+    # With a row for each way of routing, the mark is where it belongs.
+    ways = {(row[0], row[1]) for row in found["Balance"].rows if row[1].startswith("evaluation")}
+    assert ways == {
+        ("BASE†", "evaluation, greedy"),
+        ("BASE†", "evaluation, balanced‡"),
+        ("ExpertChoice†", "evaluation, expert_choice‡"),
+        ("ExpertChoice†", "evaluation, greedy"),
+        ("Switch", "evaluation"),
+    }
+    assert [row[1] for row in found["What does balanced routing change?"].rows] == [
+        "greedy",
+        "balanced‡",
+        "expert_choice‡",
+        "greedy",
+    ]
+
+
+def test_the_page_the_file_and_the_terminal_explain_the_marks(
+    experiment: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = write_report(experiment)
+    for text in (page.read_text(), page.with_suffix(".md").read_text(), capsys.readouterr().out):
+        assert "BASE†" in text
+        assert "† Not causal in training" in text
+
+
 def test_what_balanced_routing_changes(experiment: Path) -> None:
     table = tables(experiment)["What does balanced routing change?"]
     # [20, 10, 6, 4] has mean 10 and max_vio 1; Switch has one way of routing and no row.
     assert table.rows == [
         ["BASE†", "greedy", "–", "5.0000", "1.000"],
-        ["BASE†", "balanced", "18.75 %", "4.7500", "0.000"],
+        ["BASE†", "balanced‡", "18.75 %", "4.7500", "0.000"],
     ]
 
 

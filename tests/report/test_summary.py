@@ -68,7 +68,7 @@ def test_exactly_even_training_is_read_from_the_logs(tmp_path: Path) -> None:
 def test_a_loss_that_looks_at_later_tokens_wins_nothing(tmp_path: Path) -> None:
     write_run(tmp_path / "a", "BASE", 5.0)
     write_run(tmp_path / "b", "Switch", 4.5)
-    write_run(tmp_path / "c", "ExpertChoice", 4.0, ledger={"causal_in_evaluation": False})
+    write_run(tmp_path / "c", "ExpertChoice", 4.0, ledger={"evaluation_modes": {"default": False}})
     (section,) = build(tmp_path).sections
     assert section.summary[0].startswith("Switch has the lowest validation loss")
     assert any(text.startswith("Not ranked") and "ExpertChoice (4.0000)" in text for text in section.summary)

@@ -29,7 +29,7 @@ def test_balance_in_training_and_in_evaluation(experiment: Path) -> None:
         ["base†", "training, one routing group", "0.000", "0.000", "0.000", "0.000", "–", "–"],
         ["base†", "training, one step", "0.000", "0.000", "0.000", "0.000", "–", "–"],
         ["base†", "evaluation, greedy", "1.000", "0.616", "1.000", "0.616", "0.00 %", "5.0000"],
-        ["base†", "evaluation, balanced", "0.000", "0.000", "0.000", "0.000", "0.00 %", "4.7500"],
+        ["base†", "evaluation, balanced‡", "0.000", "0.000", "0.000", "0.000", "0.00 %", "4.7500"],
         ["switch", "training, one routing group", "1.000", "0.612", "0.538", "0.400", "–", "–"],
         ["switch", "training, one step", "1.000", "0.612", "0.538", "0.400", "–", "–"],
         ["switch", "evaluation", "1.000", "0.616", "1.000", "0.616", "0.00 %", "4.5000"],

@@ -104,5 +104,5 @@ def test_defaults_are_a_capacity_factor_of_two_and_the_paper_has_no_auxiliary_lo
     router = expert_choice()
     assert router.top_k == 2
     assert router.loss_coefficients == {}
-    assert router.evaluation_modes == ("expert_choice", "greedy")
+    assert list(router.evaluation_modes.items()) == [("expert_choice", False), ("greedy", True)]
     assert (router.causal, router.causal_in_evaluation) == (False, False)

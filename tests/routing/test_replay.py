@@ -1,6 +1,7 @@
 """Recordings hand-fed with the plans of every router, and the replay router on top. T tokens, E experts, G groups."""
 
 import copy
+import json
 from pathlib import Path
 
 import pytest
@@ -39,13 +40,13 @@ def plans_of(router: Router, step: int) -> RoutingPlan:
 def record(folder: Path, router: Router, ranks: int = 1) -> dict[tuple[str, int], RoutingPlan]:
     """Writes the run directory of a source that routed with ``router``; gives its plans by stage and step."""
     modes = router.evaluation_modes
-    finals = ["final", *(f"final_{mode}" for mode in modes[1:])]
+    finals = ["final", *(f"final_{mode}" for mode in list(modes)[1:])]
     passes = [("train", step) for step in range(STEPS)]
     passes += [(stage, STEPS) for stage in ("validation", *finals)]
     found = {}
     for stage, step in passes:
         router.train(stage == "train")
-        router.evaluation_mode = stage.removeprefix("final_") if stage.startswith("final_") else modes[0]
+        router.evaluation_mode = stage.removeprefix("final_") if stage.startswith("final_") else router.default_evaluation_mode
         plan = plans_of(router, step)
         _, ids = random_tokens(sum(SIZES), seed=step)
         parts = list(zip(digest_groups(ids, plan.groups), split_plan(plan), strict=True))
@@ -57,9 +58,9 @@ def record(folder: Path, router: Router, ranks: int = 1) -> dict[tuple[str, int]
     facts = {
         "num_experts": router.num_experts,
         "top_k": router.top_k,
+        "asks_for_fewer": router.asks_for_fewer,
         "causal": router.causal,
-        "causal_in_evaluation": router.causal_in_evaluation,
-        "evaluation_modes": list(modes),
+        "evaluation_modes": dict(modes),
         "layers": [LAYER],
     }
     write_json(folder / FOLDER / INDEX, {"router": facts, "files": files})
@@ -97,9 +98,10 @@ def test_a_replayed_plan_is_the_plan_whatever_router_and_ranks(name: str, ranks:
     router.eval()
     for mode in router.evaluation_modes:
         router.evaluation_mode = mode
-        stage = "final" if mode == router.evaluation_modes[0] else f"final_{mode}"
+        stage = "final" if mode == router.default_evaluation_mode else f"final_{mode}"
         assert same_plan(plans_of(router, STEPS), recorded[stage, STEPS])
-    assert (router.causal, router.causal_in_evaluation) == (source.causal, source.causal_in_evaluation)
+    for fact in ("num_experts", "top_k", "asks_for_fewer", "causal", "evaluation_modes"):
+        assert getattr(router, fact) == getattr(source, fact), fact
 
 
 def test_groups_are_found_by_their_text_wherever_they_are(tmp_path: Path) -> None:
@@ -206,6 +208,12 @@ def one_file_cut_short(folder: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1])
 
 
+def recorded_by_another_version(folder: Path) -> None:
+    index = json.loads((folder / FOLDER / INDEX).read_text())
+    index["router"]["evaluation_modes"] = list(index["router"]["evaluation_modes"])
+    write_json(folder / FOLDER / INDEX, index)
+
+
 def no_run(folder: Path) -> None:
     (folder / "manifest.json").unlink()
 
@@ -218,6 +226,7 @@ def no_run(folder: Path) -> None:
         (one_file_less, {}, "lacks 1 of 4 files of its recording, first plans/train/step_00000001"),
         (one_file_cut_short, {}, "lacks 1 of 4 files of its recording, first plans/final/step_00000002"),
         (no_run, {}, "is no run directory"),
+        (recorded_by_another_version, {}, "was recorded by another version of lightning_base"),
         (break_nothing, {"num_experts": 4}, "router.num_experts=4 is not the 8 of router.source"),
         (break_nothing, {"top_k": 1}, "router.top_k=1 is not the 2 of router.source"),
         (break_nothing, {"weight": "two"}, "router.weight=two: choose one of recorded, learned, one"),
