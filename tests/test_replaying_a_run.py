@@ -5,9 +5,11 @@ from pathlib import Path
 import program
 import pytest
 
+from lightning_base.report.document import build
 from lightning_base.report.read import read_counts
 
 STEPS = ("trainer.max_steps=6", "trainer.log_every_n_steps=1", "trainer.validate_every_n_steps=3")
+STEPS += ("module.learning_rate=0.03",)
 RECORD = "trainer.record_plans=true"
 TWO_RANKS = ("strategy=ddp", "trainer.devices=2")
 
@@ -27,11 +29,11 @@ def runs(small_corpus: list[str], tmp_path_factory: pytest.TempPathFactory) -> d
 
     found: dict[str, Path] = {}
     (found["base"],) = run("base", "router=base", *TWO_RANKS)
-    (found["switch"],) = run("switch", "router=switch", "router.capacity_factor=0.5")
+    (found["gshard"],) = run("gshard", "router=gshard", "router.capacity_factor=0.5")
     both = replay("of_base", found["base"], "-m", "router.weight=recorded,learned", "trainer.accumulate_grad_batches=2")
     for path in both:
         found[program.read(path / "manifest.json")["config"]["router"]["weight"]] = path
-    (found["replay of switch"],) = replay("of_switch", found["switch"])
+    (found["replay of gshard"],) = replay("of_gshard", found["gshard"])
     (found["replay of recorded"],) = replay("of_replay", found["recorded"], *TWO_RANKS)
     return found
 
@@ -42,7 +44,7 @@ def losses(directory: Path) -> list[float]:
 
 
 @pytest.mark.parametrize(
-    ("one", "other"), [("base", "recorded"), ("base", "learned"), ("switch", "replay of switch")], ids=lambda name: name
+    ("one", "other"), [("base", "recorded"), ("base", "learned"), ("gshard", "replay of gshard")], ids=lambda name: name
 )
 def test_a_replay_has_the_loads_of_its_source_at_every_step(runs: dict[str, Path], one: str, other: str) -> None:
     counts = [read_counts(runs[name] / "expert_load.csv") for name in (one, other)]
@@ -60,11 +62,12 @@ def test_a_replay_has_the_loads_of_its_source_at_every_step(runs: dict[str, Path
 
 
 def test_a_replay_of_dropped_tokens_drops_them(runs: dict[str, Path]) -> None:
-    assert program.read(runs["replay of switch"] / "manifest.json")["assignments_dropped"] > 0
+    assert program.read(runs["replay of gshard"] / "manifest.json")["assignments_dropped"] > 0
 
 
 def test_base_replayed_with_centroids_that_learn_is_base(runs: dict[str, Path]) -> None:
-    assert losses(runs["learned"]) == pytest.approx(losses(runs["base"]), rel=1e-5)
+    # Ranks and accumulation are other ones too; the same floats in the same order are added nevertheless.
+    assert losses(runs["learned"]) == pytest.approx(losses(runs["base"]), rel=1e-9)
     # 6 steps, 2 validations, and a final pass in both modes.
     assert len(losses(runs["learned"])) == 10
 
@@ -72,11 +75,26 @@ def test_base_replayed_with_centroids_that_learn_is_base(runs: dict[str, Path]) 
 def test_recorded_weights_alone_are_another_training(runs: dict[str, Path]) -> None:
     # Every expert still adds nothing at the first step, whatever the gate; no gradient through the gate shows later.
     assert losses(runs["recorded"])[0] == pytest.approx(losses(runs["base"])[0], rel=1e-6)
-    assert losses(runs["recorded"])[5] != pytest.approx(losses(runs["base"])[5], rel=2e-6)
+    # Within 6 steps by a few parts in 100,000, which is far above what the same training repeated differs by (above).
+    assert losses(runs["recorded"])[5] != pytest.approx(losses(runs["base"])[5], rel=2e-5)
 
 
 def test_a_replay_of_a_replay_on_other_ranks_has_the_same_losses(runs: dict[str, Path]) -> None:
     assert losses(runs["replay of recorded"]) == pytest.approx(losses(runs["recorded"]), rel=1e-5)
+
+
+def test_sources_and_replays_stand_in_one_table(runs: dict[str, Path]) -> None:
+    document = build(*sorted({path.parent for path in runs.values()}))
+    assert document.left_out == []
+    (section,) = document.sections
+    paths = [arm.first.path for arm in section.comparison.arms]
+    labels = {name: section.labels[paths.index(path)] for name, path in runs.items()}
+    assert (labels["base"], labels["gshard"]) == ("BASE", "GShard")
+    for name, source in (("recorded", "base"), ("learned", "base"), ("replay of gshard", "gshard")):
+        assert labels[name].startswith(f"Replay of {source}/"), labels
+    assert len(set(labels.values())) == 6
+    marks = {row[0].removeprefix(label) for label, row in zip(section.labels, section.tables[0].rows, strict=True)}
+    assert marks == {"†", "†‡"}, "BASE's and GShard's"
 
 
 def test_a_replay_knows_what_its_source_is(runs: dict[str, Path]) -> None:

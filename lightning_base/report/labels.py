@@ -1,10 +1,14 @@
 """What arms and comparisons are called: by what tells them apart."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from lightning_base.report.fairness import Arm, Comparison, execution, router_side, shared_setting
 from lightning_base.report.flat import flatten
+
+# A folder is named after all overrides of its job.
+LONGEST = 40
 
 
 def arm_labels(arms: Sequence[Arm]) -> list[str]:
@@ -28,9 +32,18 @@ def shorten(arm: Arm) -> str:
     kept = [part.removeprefix("router.").removeprefix("router=") for part in own]
     if arm.first.label == arm.first.name or not any(kept):
         # Not from a sweep: the folder is named after all overrides, which say little about the arm.
-        return arm.router
+        return router_name(arm)
     named = any("=" not in part for part in kept)
-    return ", ".join(kept if named else [arm.router, *kept])
+    return ", ".join(kept if named else [router_name(arm), *kept])
+
+
+def router_name(arm: Arm) -> str:
+    """The router; one that repeats another run is named after that run, by experiment and job."""
+    source = arm.first.config["router"].get("source")
+    if source is None:
+        return arm.router
+    name = "/".join(Path(source).parts[-2:])
+    return f"{arm.router} of {name if len(name) <= LONGEST else name[: LONGEST - 1] + '…'}"
 
 
 def tell_apart(labels: list[str], descriptions: list[dict[str, Any]]) -> list[str]:
