@@ -60,8 +60,9 @@ def check_form(manifest: dict[str, Any]) -> Iterator[str]:
         modes = ledger.get("evaluation_modes")
         if not (isinstance(modes, dict) and modes and all(isinstance(causal, bool) for causal in modes.values())):
             yield f"ledger.evaluation_modes in manifest.json does not say which ways are causal: {modes!r}"
-        if not isinstance(ledger.get("causal_in_training"), bool):
-            yield f"ledger.causal_in_training in manifest.json is not true or false: {ledger.get('causal_in_training')!r}"
+        training = ledger.get("causal_in_training")
+        if not isinstance(training, bool):
+            yield f"ledger.causal_in_training in manifest.json is not true or false: {training!r}"
         if not isinstance(ledger.get("router"), str):
             yield "ledger.router in manifest.json is missing"
     result = manifest.get("result")

@@ -87,7 +87,10 @@ def test_the_leak_of_each_way_of_routing(experiment: Path) -> None:
 def test_every_table_marks_what_looks_at_later_tokens_and_says_so_below(experiment: Path) -> None:
     causal = {"causal_in_training": False, "evaluation_modes": {"expert_choice": False, "greedy": True}}
     third = write_run(experiment / "third", "ExpertChoice", 4.0, ledger=causal)
-    rows = [(STEPS, "final_causality/leak_evaluation_any/max", 0.5), (STEPS, "train_step/idle_fraction_experts/mean", 0)]
+    rows = [
+        (STEPS, "final_causality/leak_evaluation_any/max", 0.5),
+        (STEPS, "train_step/idle_fraction_experts/mean", 0),
+    ]
     rows += [(step, "train_time/share_router", 1.0) for step in range(1, STEPS + 1)]
     rows += [(STEPS, "final_greedy_pass/routing_gap/mean", 0.5)]
     add_metrics(third, rows)

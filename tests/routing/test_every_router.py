@@ -159,8 +159,9 @@ def test_what_a_router_declares_about_causality_is_true(name: str, options: dict
     declared = {"training": router.causal, **router.evaluation_modes}
     changed = {"training": sum(tokens_that_hear_the_future(router, seed) for seed in range(6))}
     router.eval()
-    for router.evaluation_mode in router.evaluation_modes:
-        changed[router.evaluation_mode] = sum(tokens_that_hear_the_future(router, seed) for seed in range(6))
+    for mode in router.evaluation_modes:
+        router.evaluation_mode = mode
+        changed[mode] = sum(tokens_that_hear_the_future(router, seed) for seed in range(6))
     assert {mode: count == 0 for mode, count in changed.items()} == declared
 
 

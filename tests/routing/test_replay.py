@@ -46,7 +46,9 @@ def record(folder: Path, router: Router, ranks: int = 1) -> dict[tuple[str, int]
     found = {}
     for stage, step in passes:
         router.train(stage == "train")
-        router.evaluation_mode = stage.removeprefix("final_") if stage.startswith("final_") else router.default_evaluation_mode
+        router.evaluation_mode = (
+            stage.removeprefix("final_") if stage.startswith("final_") else router.default_evaluation_mode
+        )
         plan = plans_of(router, step)
         _, ids = random_tokens(sum(SIZES), seed=step)
         parts = list(zip(digest_groups(ids, plan.groups), split_plan(plan), strict=True))
