@@ -37,13 +37,16 @@ class Alarms(pl.Callback):
     (texts ``alarm/<name>/<layer>``; curves ``alarm/<name>``, in how many layers), in metrics.csv and in status.json.
     The run goes on.
 
-    ``collapse``: one expert is asked for more than X times its even share, where X is ``collapse_factor``, or halfway
-    between an even share and all there is where that is less, so that few experts or a large k can collapse too. Seen
-    in ``checks`` logged intervals in a row: the first steps of a run often send nearly all to one expert and recover.
+    ``collapse``: one expert is asked for more than X times its even share, where X is ``collapse_factor``, or three
+    quarters of the way from an even share to all there is (E / k times) where that is less, so that few experts or a
+    large k can collapse too. A router that balances every routing group, such as BASE in training, cannot. Seen in
+    ``checks`` logged intervals in a row: the first steps of a run often send nearly all to one expert and recover.
     ``dead_experts``: experts that no token asked for in ``dead_checks`` logged intervals in a row.
-    ``saturation``: the mean over tokens of the largest gate probability exceeds ``saturation`` in ``checks`` logged
-    steps in a row: entropy is near zero, and so is the gradient. Of routers with a gate distribution.
-    ``non_finite_gates``: a NaN or infinite gate. The run fails in that step anyway; the alarm says where it began.
+    ``saturation``: the mean over tokens of the largest gate probability, or for sigmoid gates g the mean over the
+    experts chosen of max(g, 1 - g), exceeds ``saturation`` in ``checks`` logged steps in a row: entropy is near zero,
+    and so is the gradient. Of routers that say either (``probabilities`` or ``gates`` in a plan's aux).
+    ``non_finite_gates``: a NaN or infinite gate. The run fails in that step anyway; the alarm says where it began. If
+    another rank than the first sees it, it is in status.json alone: bar and TensorBoard are the first rank's.
 
     With a log every n steps, an alarm comes at most n (checks + 1) steps after its reason has begun, or
     n (dead_checks + 1); a gate that is not finite is seen in its step. Demand, before any drop, is what counts: a
@@ -55,7 +58,7 @@ class Alarms(pl.Callback):
         collapse_factor: X.
         checks: how often in a row a collapse or saturation has to be seen.
         dead_checks: how often in a row an expert has to be without tokens.
-        saturation: of the mean top gate probability.
+        saturation: of the mean top gate probability, or the mean max(g, 1 - g).
 
     Attributes:
         alarms: all that were raised, in their order.
@@ -77,7 +80,7 @@ class Alarms(pl.Callback):
         self.dead_checks, self.saturation = dead_checks, saturation
         self.alarms: list[Alarm] = []
         self.active: list[str] = []
-        # Since the last check, on this rank: for each layer E counts, the sum of top probabilities and its tokens.
+        # Since the last check, on this rank: for each layer E counts, the sum of top gates and how many.
         self._counts: dict[str, Tensor] = {}
         # For how many checks in a row a reason has held, by name and layer; for dead experts [E] by expert.
         self._streaks: dict[str, dict[str, list[int]]] = {name: {} for name in NAMES}
@@ -117,7 +120,7 @@ class Alarms(pl.Callback):
         demand_E, (top, tokens) = counts[:-2], counts[-2:].tolist()
         num_experts, most = len(demand_E), int(demand_E.argmax())
         factor = float(demand_E.max() / demand_E.mean()) if float(demand_E.sum()) else 1.0
-        limit = min(self.collapse_factor, (num_experts / router.top_k + 1) / 2)
+        limit = min(self.collapse_factor, 1 + 0.75 * (num_experts / router.top_k - 1))
         probability = top / tokens if tokens else 0.0
         self._count("collapse", layer, [factor > limit])
         # One expert is always at 1; a router's gate distribution is over several.
@@ -139,8 +142,8 @@ class Alarms(pl.Callback):
             ),
             "saturation": (
                 probability,
-                f"{layer} gives a token's first choice a probability of {probability:.4f} on average (alarm above "
-                f"{self.saturation}), so that its router hardly learns: "
+                f"{layer} is sure of its choices to {probability:.4f} on average (largest gate probability of a token; "
+                f"of sigmoid gates max(g, 1 - g); alarm above {self.saturation}), so that its router hardly learns: "
                 f"{remedy(router, 'router_z_loss', 'take a router with a z-loss')}, or lower module.learning_rate",
             ),
         }
@@ -222,15 +225,21 @@ def remedy(router: Router, loss: str, otherwise: str) -> str:
 
 
 def counts_of(plan: RoutingPlan, with_gates: bool) -> Tensor:
-    """[E + 2]: the demand of each expert, the sum over tokens of the largest gate probability, and those tokens.
+    """[E + 2]: the demand of each expert, the sum of the top gates, and how many these are.
+
+    A top gate is the largest gate probability of a token, or max(g, 1 - g) of a sigmoid gate g.
 
     Args:
         plan: of one forward pass.
-        with_gates: the last two are 0 if not, or if the router has no gate distribution.
+        with_gates: the last two are 0 if not, or if the router has no gates that could saturate.
     """
     demand_E = plan.group_demand.sum(0).double()
-    probabilities = plan.aux.get("probabilities") if with_gates else None
-    if probabilities is None:
-        return torch.cat([demand_E, demand_E.new_zeros(2)])
-    top = probabilities.amax(-1).double().sum()
-    return torch.cat([demand_E, torch.stack([top, top.new_tensor(len(probabilities))])])
+    # Sigmoids first: probabilities made of them by dividing by their sum saturate never.
+    if with_gates and "gates" in plan.aux:
+        tops = torch.maximum(plan.aux["gates"], 1 - plan.aux["gates"])
+    elif with_gates and "probabilities" in plan.aux:
+        tops = plan.aux["probabilities"].amax(-1)
+    else:
+        tops = plan.weight.new_zeros(0)
+    top = tops.double().sum()
+    return torch.cat([demand_E, torch.stack([top, top.new_tensor(len(tops))])])

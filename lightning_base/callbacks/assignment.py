@@ -45,8 +45,10 @@ class AssignmentMonitor(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         assert isinstance(pl_module, LanguageModel)
-        plans = {name: plan for name, plan in pl_module.plans.items() if "solve_seconds" in plan.aux}
-        self._seconds += sum(float(plan.aux["solve_seconds"]) for plan in plans.values())
+        layers = pl_module.model.sparse_layers
+        # Not those that approximate one: their assignment is neither balanced nor meant to be optimal.
+        plans = {name: plan for name, plan in pl_module.plans.items() if hasattr(layers[name].router, "solver")}
+        self._seconds += sum(float(plan.aux["assignment_seconds"]) for plan in plans.values())
         if (batch_idx + 1) % trainer.accumulate_grad_batches or not plans:
             return
         self._steps += 1

@@ -4,6 +4,7 @@ Shapes: T tokens, N bins.
 """
 
 import csv
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -135,7 +136,8 @@ class DropByPosition(pl.Callback):
     """Writes how often tokens are dropped by their place in the routing group, where a capacity lets position tell.
 
     Rows of ``step, stage, layer, bin, asked, dropped`` over all ranks: stage ``train_step`` is one optimizer step,
-    ``final_pass`` and ``final_<mode>_pass`` are whole validation passes after training.
+    ``final_pass`` and ``final_<mode>_pass`` are whole validation passes after training. A replay of a router whose
+    tokens may ask for fewer than k experts has no rows: its recording does not say which tokens did.
 
     Args:
         path: the CSV file.
@@ -174,7 +176,10 @@ class DropByPosition(pl.Callback):
 
     def _add(self, plans: Mapping[str, RoutingPlan]) -> None:
         for layer, plan in plans.items():
-            counts = torch.stack(drops_by_position(plan, self.bins))
+            found = drops_by_position(plan, self.bins)
+            # NaN outlives every sum, over passes and over ranks: what one of them cannot say, no row says.
+            counts = torch.full((2, self.bins), torch.nan, dtype=torch.float64, device=plan.token_index.device)
+            counts = counts if found is None else torch.stack(found).double()
             self._counts[layer] = self._counts[layer] + counts if layer in self._counts else counts
 
     def _write(self, trainer: pl.Trainer, stage: str) -> None:
@@ -186,7 +191,8 @@ class DropByPosition(pl.Callback):
             return
         with open(self.path, "a", newline="") as file:
             csv.writer(file).writerows(
-                (trainer.global_step, stage, layer, n, asked, dropped)
+                (trainer.global_step, stage, layer, n, int(asked), int(dropped))
                 for layer, sides in zip(layers, summed, strict=True)
                 for n, (asked, dropped) in enumerate(zip(*sides, strict=True))
+                if not math.isnan(asked)
             )

@@ -46,13 +46,15 @@ def count_flops(module: LanguageModel, batch: Mapping[str, Tensor]) -> dict[str,
     )
     asked = sum(plan.num_tokens * plan.top_k for plan in output.plans.values())
     kept = sum(len(plan.token_index) for plan in output.plans.values())
+    # Of the experts that tokens asked for, as everywhere: who asks for fewer than k drops nothing by that.
+    dropped = sum(int(plan.asked) - len(plan.token_index) for plan in output.plans.values())
     tokens = batch["input_ids"].numel()
     nominal = total - experts + experts * asked / max(kept, 1)
     return {
         "flops_per_token": nominal / tokens,
         "expert_flops_per_token": experts * asked / max(kept, 1) / tokens,
         "flops_per_token_counted": total / tokens,
-        "drop_rate_when_counted": 1 - kept / asked,
+        "drop_rate_when_counted": dropped / max(kept + dropped, 1),
     }
 
 

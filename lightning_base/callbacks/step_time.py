@@ -34,7 +34,8 @@ class StepTime(pl.Callback):
     ``router``, ``dispatch``, ``experts``, ``combine``: the sparse layers in the forward pass. Passes that route micro
     batches ahead for a balancing loss over the step count; what activation checkpointing computes again does not: it is
     in the backward pass.
-    ``assignment``: of the router's time, what solvers say they took (``solve_seconds`` of the plans); ``router`` is the
+    ``assignment``: of the router's time, what solving or approximating a balanced assignment took
+    (``assignment_seconds`` of the plans); ``router`` is the
     rest.
     ``other_forward``: attention, dense layers, embedding, the loss, and callbacks at the start of a batch.
     ``waiting``: how much earlier than the last one a rank reaches the step's first gradient reduction, which begins
@@ -84,7 +85,7 @@ class StepTime(pl.Callback):
         self._times["forward"] += taken
         self._times["local"] = self._times["step"] + taken
         plans = pl_module.plans.values()
-        self._times["assignment"] += sum(float(p.aux["solve_seconds"]) for p in plans if "solve_seconds" in p.aux)
+        self._times["assignment"] += sum(float(p.aux.get("assignment_seconds", 0.0)) for p in plans)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int

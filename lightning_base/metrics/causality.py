@@ -118,26 +118,31 @@ def position_in_group(groups: RoutingGroups, device: torch.device | str = "cpu")
     return torch.arange(groups.num_tokens, device=device) - starts_G[groups.index(device)]
 
 
-def drops_by_position(plan: RoutingPlan, bins: int) -> tuple[Int64[Tensor, " N"], Int64[Tensor, " N"]]:
+def drops_by_position(plan: RoutingPlan, bins: int) -> tuple[Int64[Tensor, " N"], Int64[Tensor, " N"]] | None:
     """Assignments asked for, and those dropped, by the place of their token in its routing group.
 
     Slots that are given in the order of the tokens run out towards the end of a group, so that how likely a token is
-    dropped depends on where it stands. Every token is taken to ask for k experts.
+    dropped depends on where it stands. A token asks for k experts, or for as many as ``plan.aux["asked"]`` says.
 
     Args:
         plan: of one forward pass.
         bins: N; bin n holds the positions from n/N to (n + 1)/N of the group's length.
 
     Returns:
-        Both [N].
+        Both [N]; None if some tokens asked for fewer than k experts and the plan does not say which.
     """
     device = plan.token_index.device
     size_T = _sizes(plan.groups, device)[plan.groups.index(device)]
     bin_T = position_in_group(plan.groups, device) * bins // size_T
-    asked_N = torch.bincount(bin_T, minlength=bins) * plan.top_k
+    kept_N = torch.bincount(bin_T[plan.token_index], minlength=bins)
     if len(plan.token_index) == int(plan.asked):
-        return asked_N, torch.zeros_like(asked_N)
-    return asked_N, asked_N - torch.bincount(bin_T[plan.token_index], minlength=bins)
+        return kept_N, torch.zeros_like(kept_N)
+    asked_T = plan.aux.get("asked")
+    if asked_T is None and int(plan.asked) < plan.num_tokens * plan.top_k:
+        return None
+    asked_T = torch.full_like(bin_T, plan.top_k) if asked_T is None else asked_T
+    asked_N = torch.zeros_like(kept_N).index_add(0, bin_T, asked_T)
+    return asked_N, asked_N - kept_N
 
 
 def _sizes(groups: RoutingGroups, device: torch.device | str) -> Int64[Tensor, " G"]:

@@ -194,7 +194,13 @@ MEASURES: Sequence[Measure] = (
         manifest("assignments_dropped"),
         whole,
     ),
-    Measure("drop rate", ROUTING, "dropped / assignments asked for (tokens * k * layers)", drop_rate, percent),
+    Measure(
+        "drop rate",
+        ROUTING,
+        "dropped / assignments asked for (tokens * k * layers, or fewer where tokens may ask for fewer)",
+        drop_rate,
+        percent,
+    ),
 )
 
 

@@ -81,7 +81,7 @@ TIME_LEAD = (
 )
 PHASES = {
     "router": "gates, choice of experts and losses, without the assignment",
-    "assignment": "solving the balanced assignment",
+    "assignment": "solving a balanced assignment (BASE), or approximating one (S-BASE, BIP)",
     "dispatch": "sorting tokens by expert",
     "experts": "the experts' networks, forward",
     "combine": "bringing outputs back, by weight",

@@ -145,7 +145,14 @@ def balance_table(comparison: Comparison, labels: Sequence[str]) -> Table:
     """How evenly experts were asked and used: a row per arm and place of measurement."""
     columns = [Column("arm"), Column("measured over", "", SCOPE_HELP, words=True)]
     columns += [Column(name, heading, BALANCE_HELP[name]) for _, heading in SIDES for name in BALANCE_HELP]
-    columns += [Column("drop rate", "", "dropped assignments / (T k), mean over layers"), Column("loss", "", LOSS_HELP)]
+    columns += [
+        Column(
+            "drop rate",
+            "",
+            "dropped / assignments asked for (T k, or fewer where tokens may ask for fewer), mean over layers",
+        ),
+        Column("loss", "", LOSS_HELP),
+    ]
     rows = []
     for label, arm in zip(labels, comparison.arms, strict=True):
         for scope in scopes(arm):

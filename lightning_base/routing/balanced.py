@@ -72,7 +72,7 @@ class BASE(Router):
         # ``self.training`` decides, not whether gradients are on: a frozen layer in training still balances.
         aux = {"scores": detached_TE}
         if self.training or self.evaluation_mode == "balanced":
-            expert_TK, aux["group_prices"], aux["solve_seconds"] = balanced_by_group(
+            expert_TK, aux["group_prices"], aux["assignment_seconds"] = balanced_by_group(
                 detached_TE,
                 groups,
                 self.solver,
@@ -82,6 +82,7 @@ class BASE(Router):
         else:
             expert_TK = detached_TE.topk(self.top_k, dim=-1).indices
         chosen = weigh(expert_TK, scores_TE.sigmoid())
+        aux["gates"] = chosen.weight.detach()
         return RoutingPlan(
             token_index=chosen.token_index,
             expert_index=chosen.expert_index,

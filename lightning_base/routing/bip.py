@@ -3,10 +3,11 @@
 Shapes: T tokens, D width, E experts, G routing groups, A assignments.
 """
 
+import time
 from typing import ClassVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Float64
 from torch import Tensor, nn
 
 from lightning_base.routing.plan import RoutingGroups, RoutingPlan, count_by_group
@@ -61,11 +62,9 @@ class BIP(Router):
         aux = {"scores": detached_TE, "probabilities": detached_TE}
         prices_GE = self.prices.float().expand(len(groups.sizes), -1)
         if self.training:
-            solved = [
-                bip_prices(group_TE, start_E, self.top_k, self.iterations)
-                for group_TE, start_E in zip(groups.split(detached_TE), prices_GE, strict=True)
-            ]
-            prices_GE = torch.stack(solved) if solved else prices_GE
+            prices_GE, aux["assignment_seconds"] = prices_by_group(
+                detached_TE, groups, prices_GE, self.top_k, self.iterations
+            )
             aux["group_prices"] = prices_GE
         ranking_TE = detached_TE - prices_GE[groups.index(tokens.device)]
         chosen = select_top_k(ranking_TE, gates_TE, self.top_k, self.renormalize)
@@ -86,6 +85,21 @@ class BIP(Router):
     def end_step(self, sums: dict[str, Tensor]) -> None:
         if float(sums.get("groups", torch.zeros(()))):
             self.prices.copy_(sums["prices"] / sums["groups"])
+
+
+# Groups differ in size from pass to pass, and the time is that of this part alone.
+@torch.compiler.disable
+def prices_by_group(
+    scores_TE: Float[Tensor, "T E"], groups: RoutingGroups, start_GE: Float[Tensor, "G E"], top_k: int, iterations: int
+) -> tuple[Float[Tensor, "G E"], Float64[Tensor, ""]]:
+    """The prices of each routing group, and the seconds that all of them took."""
+    began = time.perf_counter()
+    solved = [
+        bip_prices(group_TE, start_E, top_k, iterations)
+        for group_TE, start_E in zip(groups.split(scores_TE), start_GE, strict=True)
+    ]
+    prices_GE = torch.stack(solved) if solved else start_GE
+    return prices_GE, torch.tensor(time.perf_counter() - began, dtype=torch.float64)
 
 
 def bip_prices(

@@ -113,5 +113,5 @@ class GShard(Router):
             capacity=capacity,
             losses=balance.losses,
             step_losses=balance.step_losses,
-            aux={"probabilities": probabilities_TE.detach()},
+            aux={"probabilities": probabilities_TE.detach(), "asked": 1 + second_T.long()},
         )

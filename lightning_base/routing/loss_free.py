@@ -89,7 +89,7 @@ class LossFree(Router):
             groups=groups,
             top_k=self.top_k,
             losses=losses,
-            aux={"scores": detached_TE},
+            aux={"scores": detached_TE, "gates": detached_TE[chosen.token_index, chosen.expert_index]},
         )
 
     def step_sums(self, plan: RoutingPlan) -> dict[str, Tensor]:

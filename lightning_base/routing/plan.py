@@ -85,7 +85,10 @@ class RoutingPlan:
         capacity: [G], slots of one expert in each group; None if nothing is ever dropped.
         losses: auxiliary losses by name, not yet multiplied by a coefficient: the module owns those.
         step_losses: the same for losses over the whole optimizer step; a loss is in one of the two.
-        aux: detached tensors that a callback may want to look at, e.g. ``probabilities`` [T, E].
+        aux: detached tensors that a callback may want to look at. By these names they are understood:
+            ``probabilities`` [T, E], a gate distribution of each token; ``gates``, the sigmoids of the experts chosen,
+            before they are renormalized; ``assignment_seconds``, the time that choosing in balance took; ``asked`` [T],
+            of how many experts each token asked, where that is not k.
     """
 
     token_index: Int64[Tensor, " A"]

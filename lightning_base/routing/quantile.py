@@ -64,7 +64,7 @@ class Quantile(Router):
             group_demand=count_by_group(groups, self.num_experts, chosen.token_index, chosen.expert_index),
             groups=groups,
             top_k=self.top_k,
-            aux={"scores": detached_TE},
+            aux={"scores": detached_TE, "gates": detached_TE[chosen.token_index, chosen.expert_index]},
         )
 
     def step_sums(self, plan: RoutingPlan) -> dict[str, Tensor]:

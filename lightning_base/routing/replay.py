@@ -114,12 +114,14 @@ class Replay(Router):
         device, plans = tokens.device, list(zip(groups.starts(), found, strict=True))
         token_index = _joined([torch.from_numpy(plan.token_index) + start for start, plan in plans], device)
         expert_index = _joined([torch.from_numpy(plan.expert_index) for _, plan in plans], device)
+        aux: dict[str, Tensor] = {}
         slots = [plan.capacity for _, plan in plans if plan.capacity is not None]
         demand = [torch.from_numpy(plan.demand) for _, plan in plans]
         if self.centroids is not None:
             with torch.autocast(device.type, enabled=False):
                 scores_TE = nn.functional.linear(tokens.float(), self.centroids.float())
             weight = torch.sigmoid(scores_TE[token_index, expert_index])
+            aux["gates"] = weight.detach()
         elif self.weight == "one":
             weight = torch.ones(len(token_index), device=device)
         else:
@@ -132,6 +134,7 @@ class Replay(Router):
             groups=groups,
             top_k=self.top_k,
             capacity=torch.tensor(slots, device=device) if slots else None,
+            aux=aux,
         )
 
     # Files and hashes, which torch.compile would try to trace.

@@ -4,11 +4,12 @@ Shapes: T tokens, D width, E experts, G routing groups.
 """
 
 import math
+import time
 from types import MappingProxyType
 from typing import ClassVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Float64
 from torch import Tensor, nn
 
 from lightning_base.routing.balanced import check_orthogonal
@@ -70,17 +71,16 @@ class Sinkhorn(Router):
         with torch.autocast(tokens.device.type, enabled=False):
             scores_TE = nn.functional.linear(tokens.float(), self.centroids.float())
         detached_TE = scores_TE.detach()
-        ranking_TE = detached_TE
+        ranking_TE, aux = detached_TE, {"scores": detached_TE}
         if self.training or self.evaluation_mode == "balanced":
-            plans = [
-                sinkhorn_log_plan(group_TE / self.temperature, self.iterations, self.tolerance)
-                for group_TE in groups.split(detached_TE)
-            ]
-            ranking_TE = torch.cat([detached_TE[:0], *plans])
+            ranking_TE, aux["assignment_seconds"] = log_plan_by_group(
+                detached_TE / self.temperature, groups, self.iterations, self.tolerance
+            )
         gates_TE = scores_TE.sigmoid() if self.top_k == 1 else scores_TE.softmax(-1)
         chosen = select_top_k(ranking_TE, gates_TE, self.top_k)
-        aux = {"scores": detached_TE}
-        if self.top_k > 1:
+        if self.top_k == 1:
+            aux["gates"] = chosen.weight.detach()
+        else:
             aux["probabilities"] = gates_TE.detach()
         return RoutingPlan(
             token_index=chosen.token_index,
@@ -91,6 +91,18 @@ class Sinkhorn(Router):
             top_k=self.top_k,
             aux=aux,
         )
+
+
+# How often it goes round depends on the numbers, which torch.compile cannot trace.
+@torch.compiler.disable
+def log_plan_by_group(
+    logits_TE: Float[Tensor, "T E"], groups: RoutingGroups, iterations: int, tolerance: float
+) -> tuple[Float[Tensor, "T E"], Float64[Tensor, ""]]:
+    """The logarithm of the plan of each routing group, and the seconds that all of them took."""
+    began = time.perf_counter()
+    plans = [sinkhorn_log_plan(group_TE, iterations, tolerance) for group_TE in groups.split(logits_TE)]
+    log_plan_TE = torch.cat([logits_TE[:0], *plans])
+    return log_plan_TE, torch.tensor(time.perf_counter() - began, dtype=torch.float64)
 
 
 def sinkhorn_log_plan(logits_TE: Float[Tensor, "T E"], iterations: int, tolerance: float) -> Float[Tensor, "T E"]:

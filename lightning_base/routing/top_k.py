@@ -88,6 +88,9 @@ class TopK(Router):
         expert_TK = logits_TE.topk(self.top_k, dim=-1).indices
         scores_TE, probabilities_TE = self._scores(logits_TE)
         weight_TK = scores_TE.gather(1, expert_TK)
+        aux = {"probabilities": probabilities_TE.detach()}
+        if self.gate_function == "sigmoid":
+            aux["gates"] = weight_TK.detach().flatten()
         if self.renormalize:
             weight_TK = weight_TK / _positive(weight_TK.sum(-1, keepdim=True))
         # Choice-major order: all first choices come before any second one, which is the priority under a capacity.
@@ -116,7 +119,7 @@ class TopK(Router):
             capacity=capacity,
             losses=losses,
             step_losses=balance.step_losses,
-            aux={"probabilities": probabilities_TE.detach()},
+            aux=aux,
         )
 
     def _scores(self, logits_TE: Float[Tensor, "T E"]) -> tuple[Float[Tensor, "T E"], Float[Tensor, "T E"]]:

@@ -9,11 +9,12 @@ import program
 import pytest
 import pytorch_lightning as pl
 import torch
+from router_arms import ROUTERS, build_router
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_training import fit, language_model, micro_batches
 from torch import Tensor
 
-from lightning_base.callbacks.alarms import Alarms
+from lightning_base.callbacks.alarms import Alarms, counts_of
 from lightning_base.module import LanguageModel, NonFiniteError
 from lightning_base.routing import Router, RoutingGroups, RoutingPlan
 from lightning_base.routing.plan import count_by_group
@@ -99,12 +100,66 @@ def test_dead_experts_are_seen_when_the_window_is_over(tmp_path: Path) -> None:
     assert alarms.active == ["dead_experts"]
 
 
-def test_a_saturated_router_is_seen(tmp_path: Path) -> None:
-    module = language_model("switch", max_steps=4, learning_rate=1e-6)
+def saturated(router: str, **options: object) -> LanguageModel:
+    """A model whose router has weights so large that its gates are all 0 or 1."""
+    module = language_model(router, max_steps=4, learning_rate=1e-6, router_options=options)
     (layer,) = module.model.sparse_layers.values()
+    torch.manual_seed(0)
     with torch.no_grad():
-        layer.router.gate.weight *= 1e4
-    alarms = train(module, tmp_path, 4)
+        for parameter in layer.router.parameters():
+            parameter.copy_(1e4 * torch.randn_like(parameter))
+    return module
+
+
+LEARNING = [(name, {}) for name in ROUTERS if list(build_router(name).parameters())]
+LEARNING += [("top_k", {"gate": "sigmoid"}), ("top_k", {"gate": "sigmoid", "top_k": 1, "renormalize": False})]
+LEARNING += [("sinkhorn", {"top_k": 2}), ("loss_free", {"renormalize": True}), ("switch", {"capacity_factor": 0.5})]
+
+
+@pytest.mark.parametrize(("router", "options"), LEARNING, ids=str)
+def test_every_router_that_learns_can_be_seen_saturated(router: str, options: dict, tmp_path: Path) -> None:
+    train(saturated(router, **options), tmp_path, 4)
+    step, value = raised(tmp_path)["saturation"]
+    assert step == 3
+    assert 0.99 < value <= 1
+
+
+@pytest.mark.parametrize("router", [name for name in ROUTERS if not list(build_router(name).parameters())])
+def test_a_router_without_parameters_has_nothing_to_saturate(router: str, tmp_path: Path) -> None:
+    train(language_model(router, max_steps=4), tmp_path, 4)
+    assert "saturation" not in raised(tmp_path)
+
+
+@pytest.mark.parametrize(("gates", "expected"), [([0.0, 1.0, 0.5, 0.9], 3.4), ([0.25, 0.25], 1.5)], ids=str)
+def test_a_sigmoid_gate_is_saturated_at_both_ends(gates: list[float], expected: float) -> None:
+    # max(g, 1 - g): 1 + 1 + 0.5 + 0.9, and 0.75 twice.
+    count = len(gates)
+    plan = RoutingPlan(
+        token_index=torch.arange(count),
+        expert_index=torch.zeros(count, dtype=torch.int64),
+        weight=torch.ones(count),
+        group_demand=torch.tensor([[count, 0]]),
+        groups=RoutingGroups((count,)),
+        aux={"gates": torch.tensor(gates), "probabilities": torch.full((count, 2), 0.5)},
+    )
+    counts = counts_of(plan, with_gates=True)
+    assert counts.tolist() == pytest.approx([len(gates), 0, expected, len(gates)])
+
+
+@pytest.mark.parametrize(("experts", "k", "limit"), [(8, 1, 4.0), (8, 2, 3.25), (4, 2, 1.75), (5, 4, 1.1875)])
+def test_few_experts_or_many_choices_can_collapse_too(experts: int, k: int, limit: float, tmp_path: Path) -> None:
+    # Three quarters of the way from 1 to E / k, at most 4 times.
+    router = build_router("random", num_experts=experts, top_k=k)
+    for share, found in ((0.98, []), (1.02, ["collapse"])):
+        most = share * limit
+        rest = (experts - most) / (experts - 1)
+        counts = torch.tensor([most, *[rest] * (experts - 1), 0.0, 0.0], dtype=torch.float64)
+        alarms = Alarms(RunDirectory(tmp_path), 1, checks=1)
+        assert [alarm.name for alarm in alarms._check("layer_1", counts, router, 1)] == found
+
+
+def test_a_saturated_router_is_seen_and_told_what_would_help(tmp_path: Path) -> None:
+    alarms = train(saturated("switch"), tmp_path, 4)
     step, value = raised(tmp_path)["saturation"]
     assert step == 3
     assert 0.99 < value <= 1

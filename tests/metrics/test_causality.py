@@ -1,6 +1,7 @@
 """Causal leak by hand: routers of which one knows what they tell earlier tokens. T tokens, E experts."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -253,4 +254,24 @@ def test_a_group_shorter_than_the_bins_leaves_some_empty() -> None:
 def test_where_nothing_is_dropped_no_position_drops() -> None:
     # Expert choice: token 0 has two experts, token 1 none, which is nobody's drop.
     plan = make_plan([[(0, 0), (0, 1)]], (2,), 2)
-    assert [side.tolist() for side in drops_by_position(plan, 2)] == [[1, 1], [0, 0]]
+    assert [side.tolist() for side in drops_by_position(plan, 2)] == [[2, 0], [0, 0]]
+
+
+def test_a_second_choice_that_was_never_asked_is_no_drop() -> None:
+    # k = 2, 4 tokens in 2 bins. Tokens 0 and 3 ask for one expert, 1 and 2 for two; expert 0 turns token 3 away.
+    asked = [[(0, 0), (1, 0), (2, 0), (3, 0), (1, 1), (2, 1)]]
+    plan = make_plan(asked, (4,), 2, top_k=2, capacity=[3], dropped=[(3, 0)])
+    said = replace(plan, aux={"asked": torch.tensor([1, 2, 2, 1])})
+    assert [side.tolist() for side in drops_by_position(said, 2)] == [[3, 3], [0, 1]]
+    assert drops_by_position(plan, 2) is None, "which tokens asked for one is not known"
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+def test_drops_of_all_positions_are_the_drops_of_the_plan(name: str) -> None:
+    router = build_router(name)
+    tokens, ids = random_tokens(64)
+    plan = router(tokens[:1].expand_as(tokens), ids, groups_of(40, 24))  # all alike: some expert is full
+    asked_N, dropped_N = drops_by_position(plan, 4)
+    assert int(asked_N.sum()) == int(plan.asked)
+    assert int(dropped_N.sum()) == int(plan.asked) - len(plan.token_index)
+    assert name not in ("gshard", "switch") or int(dropped_N.sum()) > 0
