@@ -45,7 +45,8 @@ class ExpertLoadLogger(pl.Callback):
         self.log_every_n_steps = log_every_n_steps
         self.path, self.resumed_step = None if path is None else Path(path), resumed_step
         self.totals = {"tokens": 0, "assignments": 0, "dropped": 0}
-        self.metric: ExpertLoad | None = None
+        # By stage: validation may come between two micro batches of a step.
+        self.metrics: dict[str, ExpertLoad] = {}
         self._steps_before = 0
         self._history: dict[str, list[tuple[int, np.ndarray]]] = {}
 
@@ -71,7 +72,7 @@ class ExpertLoadLogger(pl.Callback):
         step = self._steps_before + 1
         if step % self.log_every_n_steps and step != 1:
             return
-        self._update(trainer, plans)
+        self._update(trainer, "train", plans)
         if trainer.global_step > self._steps_before:
             self._record(trainer, "train", "step", trainer.global_step)
 
@@ -85,17 +86,17 @@ class ExpertLoadLogger(pl.Callback):
         dataloader_idx: int = 0,
     ) -> None:
         if not trainer.sanity_checking:
-            self._update(trainer, plans_of(pl_module))
+            self._update(trainer, "validation", plans_of(pl_module))
 
-    def on_test_batch_end(self, *args: Any, **kwargs: Any) -> None:
-        self.on_validation_batch_end(*args, **kwargs)
+    def on_test_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any, **kwargs: Any) -> None:
+        self._update(trainer, name_of_test(pl_module), plans_of(pl_module))
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not trainer.sanity_checking:
             self._record(trainer, "validation", "pass", trainer.global_step)
 
     def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._record(trainer, getattr(pl_module, "test_name", "test"), "pass", trainer.global_step)
+        self._record(trainer, name_of_test(pl_module), "pass", trainer.global_step)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         writer = tensorboard_writer(trainer)
@@ -103,15 +104,15 @@ class ExpertLoadLogger(pl.Callback):
             for layer, history in self._history.items():
                 writer.add_figure(f"expert_load_over_time/{layer}", load_heatmap(history), trainer.global_step)
 
-    def _update(self, trainer: pl.Trainer, plans: dict[str, RoutingPlan]) -> None:
-        if self.metric is None or self.metric.layers != list(plans):
+    def _update(self, trainer: pl.Trainer, stage: str, plans: dict[str, RoutingPlan]) -> None:
+        if stage not in self.metrics or self.metrics[stage].layers != list(plans):
             experts = [plan.num_experts for plan in plans.values()]
-            self.metric = ExpertLoad(list(plans), experts).to(trainer.strategy.root_device)
-        self.metric.update(plans)
+            self.metrics[stage] = ExpertLoad(list(plans), experts).to(trainer.strategy.root_device)
+        self.metrics[stage].update(plans)
 
     def _record(self, trainer: pl.Trainer, stage: str, scope: str, step: int) -> None:
         """Computes over all ranks, logs, writes the counts, and starts anew."""
-        metric = self.metric
+        metric = self.metrics.get(stage)
         if metric is None:
             return
         values = {}
@@ -160,6 +161,11 @@ class ExpertLoadLogger(pl.Callback):
             parts = [None] * dist.get_world_size()
             dist.all_gather_object(parts, self.totals)
         return {name: sum(part[name] for part in parts) for name in self.totals}
+
+
+def name_of_test(module: pl.LightningModule) -> str:
+    """What the figures of a test pass are called."""
+    return str(getattr(module, "test_name", "test"))
 
 
 def plans_of(module: pl.LightningModule) -> dict[str, RoutingPlan]:

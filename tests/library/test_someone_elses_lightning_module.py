@@ -123,6 +123,34 @@ def test_training_falls_and_loads_are_logged_in_a_few_lines(tmp_path: Path) -> N
     assert [e.step for e in events.Scalars(f"validation_pass/max_vio/load/{MLP}")] == [5, 10]
 
 
+def test_validation_between_two_micro_batches_is_not_part_of_the_step(tmp_path: Path) -> None:
+    module = TheirModule()
+    counts = count(module)
+    trainer = pl.Trainer(
+        max_epochs=1,
+        accumulate_grad_batches=2,
+        val_check_interval=3,
+        num_sanity_val_steps=0,
+        logger=False,
+        callbacks=[ExpertLoadLogger(tmp_path / "loads.csv", log_every_n_steps=1)],
+        accelerator="cpu",
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+    )
+    trainer.fit(module, loader(4), loader(1, seed=9))
+    rows = rows_of(tmp_path / "loads.csv")
+    # Passes: three in training, of which the third begins the second step, then validation, then the step's other half.
+    for layer, experts in ((MLP, 4), (TOP, 8)):
+        one, two, three, validation, four = counts[layer]
+        for key, kept in (
+            ((1, "train_step"), one + two),
+            ((2, "train_step"), three + four),
+            ((1, "validation_pass"), validation),
+        ):
+            assert [load for _, load in rows[*key, layer]] == [kept[e] for e in range(experts)], key
+
+
 def test_a_test_pass_and_no_file(tmp_path: Path) -> None:
     module, logger = TheirModule(), CSVLogger(tmp_path, name="csv", version="")
     trainer = pl.Trainer(
