@@ -17,10 +17,14 @@ WIDTH = 16
 VOCABULARY = 100
 
 
+def options_of(name: str, **options: object) -> dict[str, object]:
+    """The options of conf/router/{name}.yaml with ``options`` on top."""
+    return {**OmegaConf.to_container(OmegaConf.load(FOLDER / f"{name}.yaml")), **options}
+
+
 def build_router(name: str, width: int = WIDTH, seed: int = 0, **options: object) -> Router:
     """The router of conf/router/{name}.yaml with ``options`` on top, its parameters drawn."""
-    node = {**OmegaConf.to_container(OmegaConf.load(FOLDER / f"{name}.yaml")), **options}
-    router = instantiate(node, "router", Router, width=width, vocab_size=VOCABULARY)
+    router = instantiate(options_of(name, **options), "router", Router, width=width, vocab_size=VOCABULARY)
     initialize(router, seed)
     return router
 

@@ -4,8 +4,9 @@ import copy
 
 import pytest
 import torch
-from router_arms import ROUTERS, WIDTH, build_router, decisions, groups_of, random_tokens
+from router_arms import ROUTERS, VOCABULARY, WIDTH, build_router, decisions, groups_of, options_of, random_tokens
 
+from lightning_base.instantiation import instantiate
 from lightning_base.moe import Experts, SparseLayer
 from lightning_base.routing import Router, RoutingGroups, RoutingPlan
 from lightning_base.routing.losses import finish_step_loss
@@ -202,6 +203,17 @@ def test_mixed_precision_does_not_change_who_goes_where(name: str, options: dict
         mixed = route(router, tokens, ids, groups)
     assert decisions(mixed) == decisions(plain)
     assert mixed.weight.dtype == torch.float32
+
+
+@every_arm
+def test_a_router_is_ready_once_it_is_built(name: str, options: dict) -> None:
+    torch.use_deterministic_algorithms(True)  # memory that nobody has written to is NaN
+    try:
+        assert bool(torch.empty(3).isnan().all())
+        router = instantiate(options_of(name, **options), "router", Router, width=WIDTH, vocab_size=VOCABULARY)
+        assert all(bool(torch.isfinite(parameter).all()) for parameter in router.parameters())
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 @every_arm
