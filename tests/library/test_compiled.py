@@ -2,13 +2,17 @@
 are on in this one."""
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
 from gpt2_with_experts import VOCABULARY, WIDTH, gpt2_with_experts, text
+from router_arms import ROUTERS, options_of
 from torch import nn
 
-from lightning_base import Hash, Router, Switch, auxiliary_loss, drop_ins, end_step, read_inputs
+from lightning_base import Hash, Router, SparseLayer, Switch, auxiliary_loss, drop_ins, end_step, read_inputs
+from lightning_base.instantiation import instantiate
+from lightning_base.moe import Experts
 
 
 def model_with(router: Router) -> nn.Module:
@@ -49,6 +53,42 @@ def compare(rank: int, backend: str, router: Router) -> None:
     assert torch._dynamo.utils.counters["frames"]["ok"] > 0, "nothing was compiled"
 
 
+def compare_layers(rank: int, names: list[str]) -> None:
+    """Raises unless the compiled sparse layer of each router, with the options of its file, is the plain one."""
+    torch.set_num_threads(1)
+    for name in names:
+        torch._dynamo.reset()
+        options = {**options_of(name), "num_experts": 1 if name == "dense" else 4}
+        router = instantiate(options, "router", Router, width=WIDTH, vocab_size=VOCABULARY)
+        assert isinstance(router, Router)
+        layer = SparseLayer(
+            router, Experts(num_experts=router.num_experts, width=WIDTH, hidden_width=8), routing_group=2
+        ).train()
+        for w2 in layer.experts.w2:
+            nn.init.normal_(w2, std=0.1)
+        inner = copy.deepcopy(layer)
+        compiled = torch.compile(inner, backend="aot_eager")
+        ids = text()[:4]
+        hidden = torch.randn(*ids.shape, WIDTH)
+        (expected, plan), (got, other) = (one(hidden, ids) for one in (layer, compiled))
+        torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+        assert torch.equal(other.token_index, plan.token_index), name
+        assert torch.equal(other.expert_index, plan.expert_index), name
+        for output in (expected, got):
+            output.square().mean().backward()
+        for parameter, twin in zip(layer.parameters(), inner.parameters(), strict=True):
+            both = [torch.zeros_like(p) if p.grad is None else p.grad for p in (parameter, twin)]
+            torch.testing.assert_close(*both, atol=1e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+        assert torch._dynamo.utils.counters["frames"]["ok"] > 0, f"nothing of {name} was compiled"
+
+
+def run(function: Callable[..., None], *arguments: object) -> None:
+    context = torch.multiprocessing.spawn(function, args=arguments, nprocs=1, join=False)
+    while not context.join(timeout=300):
+        pass
+    assert [process.exitcode for process in context.processes] == [0]
+
+
 # Inductor would spend most of a minute on generating code that has nothing to do with this project.
 @pytest.mark.parametrize(
     ("backend", "router"),
@@ -59,7 +99,8 @@ def compare(rank: int, backend: str, router: Router) -> None:
     ids=["eager-hash", "aot_eager-switch"],
 )
 def test_a_compiled_model_gives_the_same_outputs_plans_gradients_and_state(backend: str, router: Router) -> None:
-    context = torch.multiprocessing.spawn(compare, args=(backend, router), nprocs=1, join=False)
-    while not context.join(timeout=300):
-        pass
-    assert [process.exitcode for process in context.processes] == [0]
+    run(compare, backend, router)
+
+
+def test_so_does_the_layer_of_every_router() -> None:
+    run(compare_layers, ROUTERS)
