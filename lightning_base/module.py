@@ -26,7 +26,15 @@ IGNORED = -100
 
 
 class NonFiniteError(RuntimeError):
-    """A loss or hidden state that is NaN or infinite; names the step and the layer."""
+    """A loss or hidden state that is NaN or infinite; names the step and the layer.
+
+    Attributes:
+        place: the first part of the model that is not finite, if any: ``embedding``, a block, ``norm`` or a parameter.
+    """
+
+    def __init__(self, sentence: str, place: str | None = None) -> None:
+        super().__init__(sentence)
+        self.place = place
 
 
 class LanguageModel(pl.LightningModule):
@@ -311,7 +319,7 @@ class LanguageModel(pl.LightningModule):
                 return
             broken = [bad[0].removeprefix("blocks.")]
         where = f"first in {broken[0]}" if broken else "in the loss itself, with every layer finite"
-        raise NonFiniteError(self._not_finite("The loss", where)) from cause
+        raise NonFiniteError(self._not_finite("The loss", where), broken[0] if broken else None) from cause
 
     def _not_finite(self, what: str, where: str) -> str:
         """The sentence of a failure: the step, the place, and what there is to go back to."""

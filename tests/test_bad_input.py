@@ -4,6 +4,7 @@ from pathlib import Path
 
 import program
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 CASES = {
     "an unknown router": (["router=swich"], "router=swich does not exist; did you mean switch?"),
@@ -97,6 +98,13 @@ def test_a_loss_that_is_not_finite_names_step_and_layer(small_corpus: list[str],
     assert status["state"] == "failed"
     assert "The loss is not finite at step 2, first in " in status["error"]
     assert status["error"] in done.stderr
+    (alarm,) = status["alarms"]
+    assert (alarm["name"], alarm["step"]) == ("non_finite_gates", 2)
+    assert "ALARM=non_finite_gates" in done.stdout + done.stderr
+    events = EventAccumulator(str(job / "tensorboard")).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("alarm/non_finite_gates")] == [(2, 1.0)]
+    (event,) = events.Tensors(f"alarm/non_finite_gates/{alarm['layer']}/text_summary")
+    assert alarm["sentence"].encode() in event.tensor_proto.string_val[0]
     # The weights after step 1 are finite and useless: nothing to go on from is left behind.
     assert "no checkpoint was saved yet" in status["error"]
     assert list((job / "checkpoints").glob("step_*.ckpt")) == []

@@ -89,6 +89,12 @@ class ArmProgressBar(TQDMProgressBar):
                 self.train_progress_bar.set_description(text, refresh=False)
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        super().on_exception(trainer, pl_module, exception)
+        if self._train_progress_bar is not None:
+            # What rang in the step that failed, which no batch end will show any more.
+            self.train_progress_bar.set_postfix(self.get_metrics(trainer, pl_module))
+
     def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
         metrics = super().get_metrics(trainer, pl_module)
         shown = {name.replace("/loss", ""): value for name, value in metrics.items() if name != "v_num"}

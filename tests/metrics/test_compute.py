@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
+from lightning_base.callbacks.compute_balance import balance
 from lightning_base.callbacks.flops import grouped_matmul_flops
 from lightning_base.metrics.compute import batched_padding, capacity_padding, expert_flops, idle_fraction
 from lightning_base.moe import Experts
@@ -82,6 +83,28 @@ def test_flops_are_those_that_torch_counts(counts: list[int], sublayers: int) ->
     options = {"width": 16, "hidden_width": 24, "sublayers": sublayers}
     assert expert_flops(torch.tensor(counts), **options).sum().item() == found[0]
     assert expert_flops(torch.tensor(counts), **options, training=True).sum().item() == found[1]
+
+
+def test_balance_over_ranks_passes_and_layers_by_hand() -> None:
+    # 2 ranks, 2 passes each, 2 layers, 2 experts: loads[rank][pass][layer] = tokens of the experts.
+    loads = [[[[4, 0], [1, 1]], [[2, 2], [2, 0]]], [[[0, 4], [1, 1]], [[0, 0], [1, 1]]]]
+    slots = [[[4, 2], [2, 2]], [[4, 2], [0, 2]]]
+    found = balance(torch.tensor(loads), torch.tensor(slots), "train", "step")
+    expected = {
+        # Layer 0: ranks have 8 and 4, 1 - 6/8; layer 1: 4 and 4.
+        "train_step/idle_fraction": [0.25, 0.0],
+        # Layer 0: experts have 6 and 6; layer 1: 5 and 3, 1 - 4/5.
+        "train_step/idle_fraction_experts": [0.0, 0.2],
+        # Both as long as the fuller: 2 (4 + 2 + 4 + 0) = 20 rows for 12 tokens, 2 (1 + 2 + 1 + 1) = 10 for 8.
+        "train_micro_batch/batched_padding": [0.4, 0.2],
+        # 2 (4 + 2 + 4 + 0) = 20 slots for 12 tokens, 2 * 8 = 16 for 8.
+        "train_step/capacity_padding": [0.4, 0.5],
+    }
+    assert found.keys() == expected.keys()
+    for name, by_layer in expected.items():
+        assert found[name].tolist() == pytest.approx(by_layer, abs=1e-12), name
+    without = balance(torch.tensor(loads), torch.zeros(2, 2, 2, dtype=torch.int64), "final", "pass")
+    assert "final_pass/capacity_padding" not in without
 
 
 def test_flops_of_one_token_by_hand() -> None:

@@ -79,6 +79,14 @@ def test_capacity_usage_is_the_share_of_slots_filled() -> None:
     assert measured(plan, other)["window/capacity_usage"] == pytest.approx(4 / 6)
 
 
+def test_a_token_that_asks_for_fewer_than_k_experts_drops_nothing_by_that() -> None:
+    # k = 2, 4 tokens: 6 asked of 8 possible, 1 turned away. Of those asked: 1/6, not 1/8 and not 3/8.
+    asked = [[(0, 0), (1, 0), (2, 0), (3, 0), (1, 1), (2, 1)]]
+    plan = make_plan(asked, (4,), 2, top_k=2, capacity=[3], dropped=[(3, 0)])
+    expected = {"window/drop_rate": 1 / 6, "window/tokens_left_behind": 1 / 4}
+    assert subset(measured(plan), expected) == pytest.approx(expected)
+
+
 def test_a_router_without_capacity_or_probabilities_reports_neither() -> None:
     values = measured(plan_of_counts([2, 2]))
     assert "window/capacity_usage" not in values
