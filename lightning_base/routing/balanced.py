@@ -4,6 +4,7 @@ Shapes: T tokens, D width, E experts, K experts per token, G routing groups.
 """
 
 import time
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import ClassVar
 
@@ -41,7 +42,7 @@ class BASE(Router):
 
     causal = False
     prices: Tensor
-    evaluation_modes = MappingProxyType({"greedy": True, "balanced": False})
+    evaluation_modes: Mapping[str, bool] = MappingProxyType({"greedy": True, "balanced": False})
     refused_options: ClassVar[dict[str, str]] = {
         "capacity_factor": "balanced assignment gives every expert exactly its share, so that nothing is dropped",
         "renormalize": "its gate is a sigmoid of each score by itself, and with one expert would always be 1",
@@ -58,6 +59,9 @@ class BASE(Router):
             )
         check_orthogonal(num_experts, width, "BASE")
         self.solver = solver
+        if solver == "greedy":
+            # The best expert of each token by itself: nothing is balanced, and nothing looks ahead.
+            self.causal, self.evaluation_modes = True, {"greedy": True, "balanced": True}
         self.centroids = nn.Parameter(torch.empty(num_experts, width))
         self.register_buffer("prices", torch.zeros(num_experts, dtype=torch.float64))
         self.reset_parameters()

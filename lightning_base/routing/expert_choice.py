@@ -3,6 +3,7 @@
 Shapes: T tokens, D width, E experts, S tokens of one routing group, M the most tokens that an expert takes there.
 """
 
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import ClassVar
 
@@ -31,7 +32,7 @@ class ExpertChoice(Router):
     """
 
     causal = False
-    evaluation_modes = MappingProxyType({"expert_choice": False, "greedy": True})
+    evaluation_modes: Mapping[str, bool] = MappingProxyType({"expert_choice": False, "greedy": True})
     refused_options: ClassVar[dict[str, str]] = {
         "capacity_factor": "an expert takes exactly T k / E tokens; the paper's capacity factor is router.top_k here",
         "renormalize": "a token has any number of experts, and one taken by a single expert would always have gate 1",

@@ -5,6 +5,7 @@ Shapes: T tokens, D width, E experts, G routing groups.
 
 import math
 import time
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import ClassVar
 
@@ -37,7 +38,7 @@ class Sinkhorn(Router):
     """
 
     causal = False
-    evaluation_modes = MappingProxyType({"greedy": True, "balanced": False})
+    evaluation_modes: Mapping[str, bool] = MappingProxyType({"greedy": True, "balanced": False})
     refused_options: ClassVar[dict[str, str]] = {
         "solver": "it relaxes the assignment instead of solving it; router=base takes router.solver",
     }

@@ -20,6 +20,7 @@ ARMS = [pytest.param(name, {}, id=name) for name in ROUTERS] + [
     pytest.param("switch", {"balance_scope": "step"}, id="switch-balanced-over-the-step"),
     pytest.param("switch", {"balance_scope": "sequence"}, id="switch-balanced-by-sequence"),
     pytest.param("base", {"top_k": 2}, id="base-2"),
+    pytest.param("base", {"solver": "greedy"}, id="base-without-balance"),
     pytest.param("sinkhorn", {"top_k": 2}, id="sinkhorn-2"),
     pytest.param("loss_free", {"sequence_loss": True, "renormalize": True}, id="loss_free-with-sequence-loss"),
     pytest.param("quantile", {"top_k": 1, "iterations": 3}, id="quantile-1"),
