@@ -56,17 +56,18 @@ def test_a_root_that_dies_leaves_no_worker(tmp_path: Path) -> None:
 
 
 def test_a_job_of_two_ranks_leaves_nothing_in_the_temporary_directory(tmp_path: Path) -> None:
-    (tmp_path / "rank.py").write_text("import os; print('rank', os.environ['RANK'], flush=True)")
+    rank = "import os, sys; open(sys.argv[1] + os.environ['RANK'], 'w').close()"
+    (tmp_path / "rank.py").write_text(rank)
     temporary = tmp_path / "tmp"
     temporary.mkdir()
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = subprocess.run(
-        [sys.executable, "-c", LAUNCHER, *torchrun, str(tmp_path / "rank.py")],
+        [sys.executable, "-c", LAUNCHER, *torchrun, str(tmp_path / "rank.py"), str(tmp_path / "was_rank_")],
         capture_output=True,
         text=True,
         env={**os.environ, "TMPDIR": str(temporary)},
         timeout=120,
     )
-    lines = done.stdout.splitlines()
-    assert sorted(lines) == ["(0, False)", "rank 0", "rank 1"], done.stderr
+    assert done.stdout.splitlines() == ["(0, False)"], done.stderr
+    assert sorted(path.name for path in tmp_path.glob("was_rank_*")) == ["was_rank_0", "was_rank_1"]
     assert list(temporary.iterdir()) == []
