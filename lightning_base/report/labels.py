@@ -7,9 +7,6 @@ from typing import Any
 from lightning_base.report.fairness import Arm, Comparison, execution, router_side, shared_setting
 from lightning_base.report.flat import flatten
 
-# A folder is named after all overrides of its job.
-LONGEST = 40
-
 
 def arm_labels(arms: Sequence[Arm]) -> list[str]:
     """One label per arm, no two alike: the sweep's own, with the router's name, and more where that is not enough."""
@@ -42,8 +39,9 @@ def router_name(arm: Arm) -> str:
     source = arm.first.config["router"].get("source")
     if source is None:
         return arm.router
-    name = "/".join(Path(source).parts[-2:])
-    return f"{arm.router} of {name if len(name) <= LONGEST else name[: LONGEST - 1] + '…'}"
+    # A folder is named after all overrides of its job, the router's first.
+    experiment, job = Path(source).parts[-2:]
+    return f"{arm.router} of {experiment}/{job.partition(',')[0]}"
 
 
 def tell_apart(labels: list[str], descriptions: list[dict[str, Any]]) -> list[str]:
