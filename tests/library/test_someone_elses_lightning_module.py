@@ -6,6 +6,7 @@ B sequences, L positions, n assignments per expert.
 import csv
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import pytorch_lightning as pl
@@ -48,6 +49,11 @@ class TheirModule(pl.LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=5e-3)
 
 
+def their_trainer(**options: Any) -> pl.Trainer:
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+    return pl.Trainer(accelerator="cpu", **quiet, **options)
+
+
 def count(module: TheirModule) -> dict[str, list[Counter[int]]]:
     """Tokens of each expert in every forward pass of each layer, counted one by one at the layers themselves."""
     found: dict[str, list[Counter[int]]] = {}
@@ -76,15 +82,11 @@ def rows_of(path: Path) -> dict[tuple[int, str, str], list[tuple[int, int]]]:
 def test_training_falls_and_loads_are_logged_in_a_few_lines(tmp_path: Path) -> None:
     module = TheirModule()
     counts = count(module)
-    trainer = pl.Trainer(
+    trainer = their_trainer(
         max_epochs=2,
         accumulate_grad_batches=2,
         logger=[CSVLogger(tmp_path, name="csv", version=""), TensorBoardLogger(tmp_path, name="tb", version="")],
         callbacks=[ExpertLoadLogger(str(tmp_path / "loads.csv"), log_every_n_steps=2)],
-        accelerator="cpu",
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
         log_every_n_steps=1,
     )
     # 2 epochs of 10 batches are 10 optimizer steps; a sanity check of 1 batch comes first, and must not count.
@@ -126,17 +128,13 @@ def test_training_falls_and_loads_are_logged_in_a_few_lines(tmp_path: Path) -> N
 def test_validation_between_two_micro_batches_is_not_part_of_the_step(tmp_path: Path) -> None:
     module = TheirModule()
     counts = count(module)
-    trainer = pl.Trainer(
+    trainer = their_trainer(
         max_epochs=1,
         accumulate_grad_batches=2,
         val_check_interval=3,
         num_sanity_val_steps=0,
         logger=False,
         callbacks=[ExpertLoadLogger(tmp_path / "loads.csv", log_every_n_steps=1)],
-        accelerator="cpu",
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
     )
     trainer.fit(module, loader(4), loader(1, seed=9))
     rows = rows_of(tmp_path / "loads.csv")
@@ -153,13 +151,9 @@ def test_validation_between_two_micro_batches_is_not_part_of_the_step(tmp_path: 
 
 def test_a_test_pass_and_no_file(tmp_path: Path) -> None:
     module, logger = TheirModule(), CSVLogger(tmp_path, name="csv", version="")
-    trainer = pl.Trainer(
+    trainer = their_trainer(
         logger=logger,
         callbacks=[ExpertLoadLogger()],
-        accelerator="cpu",
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
     )
     trainer.test(module, loader(2), verbose=False)
     logger.save()
@@ -182,14 +176,10 @@ class Dense(pl.LightningModule):
 
 
 def test_a_module_without_sparse_layers_is_told_what_is_missing() -> None:
-    trainer = pl.Trainer(
+    trainer = their_trainer(
         max_steps=1,
         logger=False,
         callbacks=[ExpertLoadLogger()],
-        accelerator="cpu",
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
     )
     with pytest.raises(ValueError, match=r"no routing plan in Dense: put its sparse layers into DropIn"):
         trainer.fit(Dense(), DataLoader(torch.zeros(4, 2)))  # type: ignore[arg-type]
