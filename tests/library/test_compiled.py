@@ -58,6 +58,7 @@ def compare_layers(rank: int, names: list[str]) -> None:
     torch.set_num_threads(1)
     for name in names:
         torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()  # or the first router's frames would count for all
         options = {**options_of(name), "num_experts": 1 if name == "dense" else 4}
         router = instantiate(options, "router", Router, width=WIDTH, vocab_size=VOCABULARY)
         assert isinstance(router, Router)
