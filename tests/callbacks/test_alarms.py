@@ -11,7 +11,7 @@ import pytorch_lightning as pl
 import torch
 from router_arms import ROUTERS, build_router
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny_training import fit, language_model, micro_batches
+from tiny_training import fit, language_model, leave, micro_batches
 from torch import Tensor
 
 from lightning_base.callbacks.alarms import Alarms, counts_of
@@ -231,8 +231,7 @@ def on_rank(folder: str) -> None:
         fit(with_router(GoesWrong(0, experts), 5), batches, alarms, world_size=2)
         found[name] = [(alarm.name, alarm.step, alarm.value) for alarm in alarms.alarms]
     Path(folder, f"{rank}.json").write_text(json.dumps(found))
-    # Left to the interpreter's end, gloo's threads may abort the process: "terminate called without an active exception".
-    torch.distributed.destroy_process_group()
+    leave()
 
 
 def test_counts_are_those_of_all_ranks(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import pytorch_lightning as pl
 import torch
 from omegaconf import OmegaConf
 from router_arms import FOLDER, ROUTERS
-from tiny_training import VOCABULARY, fit, language_model, micro_batches
+from tiny_training import VOCABULARY, fit, language_model, leave, micro_batches
 from torch import Tensor
 
 from lightning_base.instantiation import resolve
@@ -142,7 +142,7 @@ def main(folder: Path) -> None:
     found = {arm: audit(*what, Setting(world_size=2), rank=rank) for arm, what in arms().items()}
     found["scaled"] = audit("switch", {}, Setting(world_size=2), rank=rank, scaled=True)
     torch.save({arm: vars(one) for arm, one in found.items()}, folder / f"{rank}.pt")
-    torch.distributed.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":
