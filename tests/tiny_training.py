@@ -113,8 +113,8 @@ class Batches:
 def leave() -> NoReturn:
     """Ends a rank that has written what it found, as the program ends its ranks: after the others, and at once.
 
-    A trainer still holds the process group, and gloo's threads may abort the interpreter's ordinary end with
-    "terminate called without an active exception", also after ``destroy_process_group``.
+    Gloo's threads may abort the interpreter's ordinary end with "terminate called without an active exception", and a
+    trainer may still hold the process group after ``destroy_process_group``.
     """
     torch.distributed.barrier()
     sys.stdout.flush()
