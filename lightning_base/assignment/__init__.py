@@ -6,6 +6,6 @@
 [0, 1]
 """
 
-from lightning_base.assignment.solve import SOLVERS, Assignment, balanced_assignment
+from lightning_base.assignment.solve import SOLVERS, Assignment, balanced_assignment, balanced_assignments
 
-__all__ = ["SOLVERS", "Assignment", "balanced_assignment"]
+__all__ = ["SOLVERS", "Assignment", "balanced_assignment", "balanced_assignments"]

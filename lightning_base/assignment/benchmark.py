@@ -1,4 +1,7 @@
-"""Times of the exact solver against its peers, in one process, interleaved, on one thread, as a table of ratios.
+"""Times of the exact solver against its peers, in one process, interleaved, on one thread, as ratios.
+
+Measuring gives a list of plain records, one for each matrix; `summary` and `table` show the median and the worst of
+each kind. Times are processor times of the thread, which others on the machine lengthen less.
 
 Legend: T tokens, E experts.
 """
@@ -8,73 +11,94 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from statistics import median
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from lightning_base.assignment import balanced_assignment
-from lightning_base.assignment.examples import EXAMPLES
+from lightning_base.assignment.examples import EXAMPLES, VARIATIONS
+from lightning_base.assignment.peers import Method, floor_pass, peers
 
-SIZES = [(1024, 8), (4096, 16), (8192, 64), (8192, 128), (16384, 128)]
+QUICK = [(1024, 8), (4096, 60), (8192, 64), (8192, 128)]
+SIZES = [(1024, 8), (4096, 16), (4096, 60), (8192, 64), (8192, 100), (8192, 128), (16384, 128)]
 GROWTH = [(4096, 64), (8192, 64), (16384, 128), (32768, 128), (65536, 256), (131072, 256)]
-Method = Callable[[], object]
-TURN = 0.01
+RATIOS = (
+    "cold / argmax",
+    "warm / argmax",
+    "cold / floor",
+    "warm / floor",
+    "emd / cold",
+    "auction / cold",
+    "flow / cold",
+)
+PLAIN = "as drawn"  # the variation that every kind has
+Record = dict[str, Any]
 
 
 def run(quick: bool = False) -> None:
-    """Print compile time, the table of times and ratios, growth with size, and the gain from threads.
+    """Print compile time, the table of ratios, growth with size, and the gain from threads.
 
     Args:
-        quick: the three smaller sizes, fewer repetitions and no growth table; about half a minute instead of three.
+        quick: four sizes, fewer repetitions and no growth table; less than a minute instead of several.
     """
-    torch.set_num_threads(1)
     print(f"compilation, once per machine: {compile_seconds():.1f} s")
-    sizes = SIZES[:3] if quick else SIZES
-    print(
-        "milliseconds, medians; '/cold': over the cold solve; 'cold/', 'warm/': the solve over argmax(1) and the floor"
-    )
-    columns = "cold warm | auction /cold emd /cold flow /cold scipy | argmax cold/ warm/ floor cold/ warm/"
-    print(f"{'T x E':>12} {'scores':<21} {columns}")
-    for T, E in sizes:
-        for kind in EXAMPLES:
-            print(row(T, E, kind, 1.0 if quick else 3.0), flush=True)
+    print(table(records(quick)))
     if not quick:
         print_growth()
 
 
-def row(T: int, E: int, kind: str, seconds: float) -> str:
-    """One line of the table: every method on one matrix."""
-    both = EXAMPLES[kind](2 * T, E, torch.Generator().manual_seed(T + E))
+def records(quick: bool = False) -> list[Record]:
+    """Every size, kind and variation: milliseconds of each method, and ratios of them.
+
+    A record has `subject`, `size`, `kind`, `variation`, `ms` by method and `ratios` by the names in `RATIOS`, as far as
+    both methods ran. The quick form leaves slow peers out of all but the smallest size and the plain variation.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return [
+            measured(T, E, kind, variation, quick)
+            for T, E in (QUICK if quick else SIZES)
+            for kind in VARIATIONS
+            for variation in VARIATIONS[kind]
+        ]
+    finally:
+        torch.set_num_threads(threads)
+
+
+def measured(T: int, E: int, kind: str, variation: str, quick: bool) -> Record:
+    """One record: every method on one matrix, warm from the prices of another batch of the same router."""
+    both = VARIATIONS[kind][variation](2 * T, E, torch.Generator().manual_seed(T + E))
     previous, scores = both[:T], both[T:].clone()
-    prices = balanced_assignment(previous).prices  # a warm start is the batch before: same router, other tokens
+    prices = balanced_assignment(previous).prices
     methods: dict[str, Method] = {
         "cold": lambda: balanced_assignment(scores),
         "warm": lambda: balanced_assignment(scores, prices=prices),
         "argmax": lambda: scores.argmax(1),
         "floor": floor_pass(scores),
-        "auction": lambda: balanced_assignment(scores, solver="auction"),
     }
-    methods.update(peers(scores))
-    if T <= 1024:
+    plain = variation == PLAIN
+    if T <= 1024 or plain or not quick:
+        methods.update({name: peer for name, peer in peers(scores).items() if name == "emd" or plain})
+    if plain:
+        methods["auction"] = lambda: balanced_assignment(scores, solver="auction")
+    if plain and T <= 1024 and not quick:
         methods["scipy"] = lambda: balanced_assignment(scores, solver="oracle")
-    ms = interleaved(methods, seconds)
-    cold, warm = ms["cold"], ms["warm"]
-    text = f"{T:>6} x {E:<3} {kind:<21} {cold:.2f} {warm:.2f} |"
-    for peer in ("auction", "emd", "flow"):
-        text += f" {ms[peer]:.1f} {ms[peer] / cold:.1f}x" if peer in ms else " - -"
-    text += f" {ms['scipy']:.0f} |" if "scipy" in ms else " - |"
-    for cheap in ("argmax", "floor"):
-        text += f" {ms[cheap]:.3f} {cold / ms[cheap]:.1f} {warm / ms[cheap]:.1f}"
-    return text
+    ms = interleaved(methods, *((0.03, 0.003, 5) if quick else (0.3, 0.01, 15)))
+    pairs = {name: name.split(" / ") for name in RATIOS}
+    ratios = {name: ms[over] / ms[under] for name, (over, under) in pairs.items() if over in ms and under in ms}
+    return {
+        "subject": "assignment", "size": f"{T} x {E}", "kind": kind, "variation": variation, "ms": ms, "ratios": ratios,
+    }  # fmt: skip
 
 
-def interleaved(methods: dict[str, Method], seconds: float, most: int = 25) -> dict[str, float]:
+def interleaved(methods: Mapping[str, Method], seconds: float, turn: float, most: int) -> dict[str, float]:
     """Median milliseconds of each method; rounds in turn, a method dropping out once it has used its `seconds`.
 
-    A turn lasts at least `TURN` seconds: otherwise quick methods would mostly be timed on reading back what the slow
+    A turn lasts at least `turn` seconds: otherwise quick methods would mostly be timed on reading back what the slow
     method before them has pushed out of the caches.
     """
     taken: dict[str, list[float]] = {name: [] for name in methods}
@@ -83,62 +107,46 @@ def interleaved(methods: dict[str, Method], seconds: float, most: int = 25) -> d
     for _ in range(most):
         for name, method in methods.items():
             if sum(taken[name]) < seconds:
-                turn = time.perf_counter()
+                began = time.thread_time()
                 while True:
-                    start = time.perf_counter()
+                    start = time.thread_time()
                     method()
-                    end = time.perf_counter()
+                    end = time.thread_time()
                     taken[name].append(end - start)
-                    if end - turn >= TURN:
+                    if end - began >= turn:
                         break
     return {name: 1e3 * median(times) for name, times in taken.items()}
 
 
-def floor_pass(scores_TE: Tensor) -> Method:
-    """The pass "best two of s - p" on scores already turned: what one look at every score costs."""
-    from lightning_base.assignment.passes import BLOCK, best_two, turn
+def summary(found: Sequence[Record]) -> list[dict[str, Any]]:
+    """For each size and kind: the median and the worst over its variations of every ratio and time, and which it was.
 
-    scores = scores_TE.float().contiguous().numpy()
-    T, E = scores.shape
-    blocks = -(-T // BLOCK)
-    turned = np.empty((blocks, E, BLOCK), scores.dtype)
-    turn(scores, 0, blocks, turned)
-    prices, best, margin = np.zeros(E, scores.dtype), np.empty(T, np.int32), np.empty(T, scores.dtype)
-    load = np.zeros(E, np.int64)
-    return lambda: best_two(turned, prices, 0, blocks, best, margin, load)
+    The worst is the largest; of peers over the cold solve it is the smallest.
+    """
+    rows = []
+    for size, kind in dict.fromkeys((record["size"], record["kind"]) for record in found):
+        row: dict[str, Any] = {"size": size, "kind": kind}
+        mine = [record for record in found if (record["size"], record["kind"]) == (size, kind)]
+        for name in (*RATIOS, "cold", "warm"):
+            value = {
+                r["variation"]: {**r["ratios"], **r["ms"]}[name] for r in mine if name in {**r["ratios"], **r["ms"]}
+            }
+            if value:
+                worst = (min if name.endswith("/ cold") else max)(value, key=value.__getitem__)
+                row[name] = median(value.values()), value[worst], worst
+        rows.append(row)
+    return rows
 
 
-def peers(scores_TE: Tensor) -> dict[str, Method]:
-    """Solvers of the `bench` extra that are installed: POT's network simplex and OR-tools' min-cost flow."""
-    T, E = scores_TE.shape
-    found: dict[str, Method] = {}
-    cost = -scores_TE.double().numpy()
-    try:
-        import ot
-
-        share = np.full(T, 1 / T), np.full(E, 1 / E)
-        found["emd"] = lambda: ot.emd(*share, cost, numItermax=10**8)
-    except ImportError:
-        print("POT is not installed: pip install lightning-base[bench]", file=sys.stderr)
-    try:
-        from ortools.graph.python import min_cost_flow
-
-        token, expert = np.divmod(np.arange(T * E), E)
-        tail, head = np.concatenate([token, T + np.arange(E)]), np.concatenate([T + expert, np.full(E, T + E)])
-        room = np.concatenate([np.ones(T * E, np.int64), np.full(E, T // E)])
-        whole = np.concatenate([np.round(cost * 2**20).astype(np.int64).ravel(), np.zeros(E, np.int64)])
-        supply = np.concatenate([np.ones(T, np.int64), np.zeros(E, np.int64), [-T]])
-
-        def flow() -> int:
-            solver = min_cost_flow.SimpleMinCostFlow()
-            solver.add_arcs_with_capacity_and_unit_cost(tail, head, room, whole)
-            solver.set_nodes_supplies(np.arange(T + E + 1), supply)
-            return solver.solve()
-
-        found["flow"] = flow
-    except ImportError:
-        print("OR-tools is not installed: pip install lightning-base[bench]", file=sys.stderr)
-    return found
+def table(found: Sequence[Record]) -> str:
+    """Markdown: ratios first, then milliseconds; a cell is the median and the worst over the variations of a kind."""
+    columns = [name for name in (*RATIOS, "cold", "warm") if any(name in row for row in summary(found))]
+    lines = ["| T x E | scores | " + " | ".join(columns) + " | worst cold, warm |", "| --- " * (len(columns) + 3) + "|"]
+    for row in summary(found):
+        cells = [f"{row[name][0]:.2g}, {row[name][1]:.2g}" if name in row else "-" for name in columns]
+        named = f"{row['cold / argmax'][2]}; {row['warm / argmax'][2]}"
+        lines.append(f"| {row['size']} | {row['kind']} | {' | '.join(cells)} | {named} |")
+    return "\n".join(lines)
 
 
 def print_growth() -> None:
@@ -149,14 +157,24 @@ def print_growth() -> None:
     for T, E in GROWTH:
         scores = EXAMPLES["correlated centroids"](T, E, torch.Generator().manual_seed(0))
         torch.set_num_threads(1)
-        one = interleaved({"cold": lambda s=scores: balanced_assignment(s)}, 5.0)["cold"]  # type: ignore[misc]
+        one = wall(lambda s=scores: balanced_assignment(s))  # type: ignore[misc]
         torch.set_num_threads(threads)
-        all_ = interleaved({"cold": lambda s=scores: balanced_assignment(s)}, 5.0)["cold"]  # type: ignore[misc]
+        all_ = wall(lambda s=scores: balanced_assignment(s))  # type: ignore[misc]
         torch.set_num_threads(1)
         print(f"{T:>7} x {E:<4} {one:9.2f} {all_:9.2f}", flush=True)
         work.append(np.log(T * E))
         times.append(np.log(one))
     print(f"time grows as (T E) to the power {np.polyfit(work, times, 1)[0]:.2f}")
+
+
+def wall(method: Callable[[], object]) -> float:
+    """Median milliseconds on the clock, which several threads may shorten."""
+    taken = []
+    for _ in range(9):
+        start = time.perf_counter()
+        method()
+        taken.append(time.perf_counter() - start)
+    return 1e3 * median(taken[1:])
 
 
 def compile_seconds() -> float:

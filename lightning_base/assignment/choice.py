@@ -3,17 +3,15 @@
 Legend: T tokens, E experts, K experts per token, B blocks of J tokens.
 """
 
-import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lightning_base.assignment.passes import BLOCK, best_k, best_two, turn
+from lightning_base.assignment.passes import BLOCK, best_k, best_two, too_many, turn
+from lightning_base.assignment.pool import thread_pool
 from lightning_base.assignment.problem import Loads
 
 PARALLEL = 2**21  # from so many scores on, a pass is worth several threads
@@ -23,19 +21,20 @@ EPSILON = {np.dtype(kind).char: float(np.finfo(kind).eps) for kind in (np.float3
 class Choice:
     """The k best experts of each token and the margin of the last of them over the next, at the prices last asked for.
 
-    Passes run in the precision of the scores, in several threads (as many as torch uses) where that pays. Tokens do not
-    depend on each other, so the number of threads changes nothing.
+    Passes run in the precision of the scores, in several threads (by default as many as torch uses) where that pays.
+    Tokens do not depend on each other, so the number of threads changes nothing.
     """
 
-    def __init__(self, scores_TE: NDArray[np.floating], k: int) -> None:
+    def __init__(self, scores_TE: NDArray[np.floating], k: int, threads: int | None = None) -> None:
         T, E = scores_TE.shape
         self.scores_TE = scores_TE
         self.k = k
+        self.threads = threads
         self.chosen_TK = np.empty((T, k), np.int32)
         self.margin_T = np.empty(T, scores_TE.dtype)
         self.load_E = np.zeros(E, np.int64)
         self.rounding = 0.0
-        self._threads = torch.get_num_threads() if scores_TE.size >= PARALLEL else 1
+        self._threads = (threads or torch.get_num_threads()) if scores_TE.size >= PARALLEL else 1
         self._blocks = -(-T // BLOCK)
         if k == 1:
             self._turned_BEJ = np.empty((self._blocks, E, BLOCK), scores_TE.dtype)
@@ -62,22 +61,16 @@ class Choice:
                 len(self.scores_TE),
                 lambda part, low, high: best_k(self.scores_TE, rounded, low, high, *found, load_PE[part]),
             )
-        self.load_E = load_PE.sum(0)
-        largest_score = max(largest) + float(np.abs(prices).max())
-        self.rounding = 8 * EPSILON[self.scores_TE.dtype.char] * (largest_score + 2 * float(np.abs(prices).max()))
+        self.load_E = load_PE[0] if self._threads == 1 else load_PE.sum(0)
+        largest_price = float(np.abs(prices).max())
+        self.rounding = 8 * EPSILON[self.scores_TE.dtype.char] * (max(largest) + 3 * largest_price)
 
     def excess(self, loads: Loads) -> int:
         """How many tokens are too many where they are."""
-        return int(np.maximum(self.load_E - loads.largest, 0).sum())
+        return too_many(self.load_E, loads.largest)
 
     def _in_parts(self, count: int, part: Callable[[int, int, int], Any]) -> list[Any]:
         if self._threads == 1:
             return [part(0, 0, count)]
         edges = [count * i // self._threads for i in range(self._threads + 1)]
-        return list(_pool(os.getpid(), self._threads).map(part, range(self._threads), edges[:-1], edges[1:]))
-
-
-@lru_cache(maxsize=4)
-def _pool(process: int, threads: int) -> ThreadPoolExecutor:
-    """Kept between calls; one per process, since threads do not survive a fork."""
-    return ThreadPoolExecutor(threads, thread_name_prefix="balanced-assignment")
+        return list(thread_pool(self._threads).map(part, range(self._threads), edges[:-1], edges[1:]))

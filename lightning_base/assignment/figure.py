@@ -11,6 +11,7 @@ import torch
 from lightning_base.assignment import transport
 from lightning_base.assignment.choice import Choice
 from lightning_base.assignment.examples import EXAMPLES
+from lightning_base.assignment.passes import typical_margin
 from lightning_base.assignment.prices import newton_step
 from lightning_base.assignment.problem import even_loads
 
@@ -55,7 +56,7 @@ def stages() -> tuple[list[str], list[int]]:
     choice.at(prices)
     names.append("prices of\na sample")
     excess.append(choice.excess(loads))
-    scale = float(choice.margin_T.mean())
+    scale = typical_margin(choice.margin_T)
     for step, (factor, every) in enumerate(transport.NEWTON, start=1):
         tau = scale * factor
         newton_step(scores, choice.chosen_TK[:, 0], choice.margin_T, choice.load_E, loads.target, tau, every, prices)

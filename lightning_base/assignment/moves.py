@@ -151,31 +151,31 @@ def _split(
 @kernel
 def move(
     e: int, f: int, k: int, count: int, open_NE: Floats, row: I64, value: F64, place: I64, weight: I64, first: I64,
-    other: I64, used: I64, head: I64, after: I64, before: I64, loss_EE: F64, via_EE: I64, stale: I64,
+    other: I64, used: I64, head: I64, after: I64, before: I64, tiled: I64, held: F64, loss_EE: F64, via_EE: I64,
+    stale: I64,
 ) -> None:  # fmt: skip
     """Move `count` tokens that lose the least from e to f, and mark what this makes stale in the residual graph."""
     E = open_NE.shape[1]
     loss = loss_EE[e, f]
-    moved = 0
-    slot = head[e]
+    alone = weight[via_EE[e, f]] >= count  # then no other slot is looked for
+    slot = via_EE[e, f] if alone else head[e]
     while slot >= 0 and count > 0:
         following = after[slot]
         if value[slot] - open_NE[row[slot], f] == loss:
-            moved += 1
-            if moved == 4:  # from here it is cheaper to recompute both rows
-                stale[e] = 2
-                stale[f] = 2
             going = slot
             if weight[slot] > count:
                 going = _split(slot, count, row, value, place, weight, first, other, used)
             else:
                 _unlink(slot, e, head, after, before)
+                if tiled[slot] >= 0:
+                    held[tiled[slot]] = np.inf
                 left = via_EE[e]
                 for g in range(E):
                     left[g] = STALE if left[g] == slot else left[g]
-                stale[e] = max(stale[e], 1)
+                stale[e] = 1
             count -= weight[going]
             link(going, f, head, after, before)
+            tiled[going] = -1
             r = row[going]
             earned = np.float64(open_NE[r, f])
             if k > 1:  # the token's other slots may now move to e and no longer to f
@@ -188,31 +188,3 @@ def move(
                     stale[place[sibling]] = 2
             _offer(going, open_NE[r], earned, loss_EE[f], via_EE[f])
         slot = following
-
-
-@kernel
-def refresh(
-    e: int, open_NE: Floats, row: I64, value: F64, head: I64, after: I64, loss_EE: F64, via_EE: I64, stale: I64
-) -> None:  # fmt: skip
-    """Recompute the stale entries of row e: the one or two columns whose cheapest token has left, or all."""
-    E = open_NE.shape[1]
-    columns = 0
-    for g in range(E):
-        columns += 1 if via_EE[e, g] == STALE else 0
-    if stale[e] == 2 or 8 * columns > E:  # reading whole rows vectorises, reading columns does not
-        cheapest_moves(e, open_NE, row, value, head, after, loss_EE, via_EE)
-    elif columns > 0:
-        for g in range(E):
-            if via_EE[e, g] == STALE:
-                least = np.inf
-                via = -1
-                slot = head[e]
-                while slot >= 0:
-                    d = value[slot] - open_NE[row[slot], g]
-                    if d < least:
-                        least = d
-                        via = slot
-                    slot = after[slot]
-                loss_EE[e, g] = least
-                via_EE[e, g] = via
-    stale[e] = 0

@@ -17,6 +17,7 @@ F64 = NDArray[np.float64]
 lowest_bit: Any = trailing_zeros  # its index
 NONE: Any = np.uint64(0)
 ONE: Any = np.uint64(1)
+FEW = 12
 
 
 @kernel
@@ -26,6 +27,14 @@ def _above(scores: NDArray[np.floating], prices: NDArray[np.floating], floor: An
     for e in range(scores.shape[0]):
         bits |= np.uint64(scores[e] - prices[e] > floor) << np.uint64(e)
     return bits
+
+
+@kernel
+def _dot(left: F64, right: F64) -> float:
+    total = 0.0
+    for e in range(left.shape[0]):
+        total += left[e] * right[e]
+    return total
 
 
 @kernel
@@ -39,7 +48,7 @@ def _solve(H_EE: F64, right: F64) -> F64:
     for e in range(E):
         scaled[e] = residual[e] / H_EE[e, e]
     direction = scaled.copy()
-    norm = np.sum(residual * scaled)
+    norm = _dot(residual, scaled)
     enough = 1e-6 * norm
     for _ in range(30):
         if norm <= enough:
@@ -51,7 +60,7 @@ def _solve(H_EE: F64, right: F64) -> F64:
             weight = direction[f]
             for e in range(E):
                 product[e] += row[e] * weight
-        curvature = np.sum(direction * product)
+        curvature = _dot(direction, product)
         if curvature <= 0.0:
             break
         step = norm / curvature
@@ -59,11 +68,48 @@ def _solve(H_EE: F64, right: F64) -> F64:
             x[e] += step * direction[e]
             residual[e] -= step * product[e]
             scaled[e] = residual[e] / H_EE[e, e]
-        following = np.sum(residual * scaled)
+        following = _dot(residual, scaled)
         for e in range(E):
             direction[e] = scaled[e] + following / norm * direction[e]
         norm = following
     return x
+
+
+@kernel
+def _project(value: F64, shared: NDArray[np.int64], n: int, tau: float) -> tuple[float, int]:
+    """Projection of value / tau on the simplex: the threshold and how many entries are above it, moved to the front."""
+    if n <= FEW:
+        for i in range(1, n):  # sorted, which is quickest for few
+            v, e = value[i], shared[i]
+            j = i
+            while j > 0 and value[j - 1] < v:
+                value[j] = value[j - 1]
+                shared[j] = shared[j - 1]
+                j -= 1
+            value[j] = v
+            shared[j] = e
+        total = 0.0
+        threshold = 0.0
+        for j in range(n):
+            total += value[j]
+            level = (total - tau) / (j + 1)
+            if value[j] <= level:
+                return threshold, j
+            threshold = level
+        return threshold, n
+    while True:  # the threshold only rises, and each round drops an entry or is the last (Michelot 1986)
+        total = 0.0
+        for j in range(n):
+            total += value[j]
+        threshold = (total - tau) / n
+        kept = 0
+        for j in range(n):
+            if value[j] > threshold:
+                value[kept], shared[kept] = value[j], shared[j]
+                kept += 1
+        if kept == n or kept == 0:
+            return threshold, n
+        n = kept
 
 
 @kernel
@@ -84,12 +130,14 @@ def newton_step(
     """
     E = target.shape[0]
     H_EE = np.zeros((E, E))
-    excess = load - target
+    excess = np.empty(E)
+    for f in range(E):
+        excess[f] = load[f] - target[f]
     shared = np.empty(E, np.int64)
     value = np.empty(E)
-    inverse = 1.0 / np.arange(1, E + 1)
     rounded = prices.astype(scores_TE.dtype)  # which experts share a token need not be exact
     share = every / tau
+    due = 0.0
     for t in range(0, best_T.shape[0], every):
         if margin_T[t] >= tau:
             continue
@@ -103,31 +151,25 @@ def newton_step(
             while near != NONE:
                 e: Any = first + np.int64(lowest_bit(near))
                 near &= near - ONE
-                v = row[e] - prices[e]
-                j = n
-                while j > 0 and value[j - 1] < v:
-                    value[j] = value[j - 1]
-                    shared[j] = shared[j - 1]
-                    j -= 1
-                value[j] = v
-                shared[j] = e
+                value[n] = row[e] - prices[e]
+                shared[n] = e
                 n += 1
-        total = 0.0
-        size = 0
-        threshold = 0.0
-        for j in range(n):
-            total += value[j]
-            level = (total - tau) * inverse[j]
-            if value[j] <= level:
-                break
-            size = j + 1
-            threshold = level
+        threshold, size = _project(value, shared, n, tau)
+        weight = 1.0 * every
+        if size > FEW:  # of tokens with many experts only some enter H: the others would say the same, in O(size^2)
+            due += FEW / size
+            if due < 1.0:
+                weight = 0.0
+            else:
+                due -= 1.0
+                weight *= size / FEW
         for i in range(size):
             e = shared[i]
             excess[e] += (value[i] - threshold) * share
-            H_EE[e, e] += every
-            for j in range(size):
-                H_EE[e, shared[j]] -= every * inverse[size - 1]
+            if weight > 0.0:
+                H_EE[e, e] += weight
+                for j in range(size):
+                    H_EE[e, shared[j]] -= weight / size
     damping = 1e-9
     for e in range(E):
         damping += 0.05 * H_EE[e, e] / E

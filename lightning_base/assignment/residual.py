@@ -7,116 +7,129 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_base.assignment.kernel import kernel
-from lightning_base.assignment.moves import cheapest_moves, link, merge_equal, move, refresh, tied
+from lightning_base.assignment.moves import STALE, cheapest_moves, link, merge_equal, move, tied
+from lightning_base.assignment.tiles import refresh, room_for_tiles
 
 F64 = NDArray[np.float64]
 I64 = NDArray[np.int64]
+U64 = NDArray[np.uint64]
 Floats = NDArray[np.floating]
 
 BALANCED, UNREACHABLE = 0, 1
+INFINITY = np.uint64(0x7FF0000000000000)  # its bits in double precision
 SHARE = 4  # Dijkstra goes on until one in so many of the experts with too many tokens is served
 
 
 @kernel
-def _relax(base: float, u: int, loss: F64, price: float, prices: F64, dist: F64, waiting: F64, parent: I64) -> None:
+def _relax(base: float, u: int, loss: F64, price: float, prices: F64, dist: F64, parent: I64) -> None:
     """Shorten the distance of every expert that is nearer through u. Branch-free, so it vectorises."""
     for f in range(loss.shape[0]):
         reduced = loss[f] - price + prices[f]
-        # Rounding can leave a reduced cost a few ulps below zero; Dijkstra needs it at zero. Settled nodes need no
-        # check: their distance is at most `base`.
+        # Rounding can leave a reduced cost a few ulps below zero; Dijkstra needs it at zero.
         d = base + (reduced if reduced > 0.0 else 0.0)
         nearer = d < dist[f]
         dist[f] = d if nearer else dist[f]
-        waiting[f] = d if nearer else waiting[f]
         parent[f] = u if nearer else parent[f]
 
 
 @kernel
-def _nearest(waiting: F64) -> int:
-    """Index of the smallest entry, the first of equals; -1 if all are inf."""
-    n = waiting.shape[0]
-    lanes = np.empty(8, np.float64)
-    for j in range(8):
-        lanes[j] = np.inf
-    for i in range(0, n - 7, 8):
-        for j in range(8):
-            x = waiting[i + j]
-            lanes[j] = x if x < lanes[j] else lanes[j]
-    least = np.inf
-    for j in range(8):
-        least = min(least, lanes[j])
-    for i in range(n - n % 8, n):
-        least = min(least, waiting[i])
-    if least == np.inf:
+def _nearest(bits: U64) -> int:
+    """Index of the least distance of a node that is not settled, -1 if none can be reached.
+
+    `bits` are the distances as unsigned integers: in the same order, but with those of settled nodes (-inf) last. A
+    minimum of integers vectorises, that of floats does not.
+    """
+    least = bits[0]
+    for u in range(1, bits.shape[0]):
+        least = min(least, bits[u])
+    if least >= INFINITY:
         return -1
-    for i in range(n):
-        if waiting[i] == least:
-            return i
-    return -1
+    u = 0
+    while bits[u] != least:
+        u += 1
+    return u
 
 
 @kernel
 def _shortest_paths(
     excess: I64, loss_EE: F64, prices: F64, bonus: I64, num_bonus: int, most: int,
-    dist: F64, waiting: F64, parent: I64, sinks: I64, used: I64,
+    dist: F64, bits: U64, settled: F64, parent: I64, sinks: I64, used: I64,
 ) -> int:  # fmt: skip
     """Dijkstra with reduced costs from all experts with too many tokens to up to `most` with too few; raises prices.
 
-    The paths found start at different experts, so they lie in different trees and share no edge; at the new prices
-    every edge on them costs nothing, so all may be used. Node E stands for the pool of bonus places. At most E + 1
-    nodes are settled, each scanned once: O(E^2). Returns the number of paths, 0 if no expert can be reached.
+    At the new prices every edge on the paths found costs nothing. No two of them share an edge, so all may be used as
+    far as they do not need the same token. Node E stands for the pool of bonus places. At most E + 1 nodes are settled,
+    each scanned once: O(E^2). Returns the number of paths, 0 if no expert can be reached.
     """
     E = loss_EE.shape[0]
     for u in range(E + 1):
         dist[u] = 0.0 if u < E and excess[u] > 0 else np.inf
-        waiting[u] = dist[u]
+        settled[u] = np.inf
         parent[u] = -1
         used[u] = 0
     found = 0
+    farthest = 0.0
     for _ in range(E + 1):
-        u = _nearest(waiting)
+        u = _nearest(bits)
         if u < 0:
             break
+        base = dist[u]
         if u < E and excess[u] < 0:
-            root = u
-            while parent[root] >= 0:
-                root = parent[root]
-            if used[root] == 0:
-                used[root] = 1
+            node = u
+            while parent[node] >= 0 and used[node] == 0:
+                node = parent[node]
+            if parent[node] < 0:
+                node = u
+                while parent[node] >= 0:
+                    used[node] = 1  # the edge that leads here
+                    node = parent[node]
                 sinks[found] = u
                 found += 1
+                farthest = base
                 if found == most:
                     break
-        waiting[u] = np.inf
+        settled[u] = base
+        dist[u] = -np.inf  # nothing is nearer
         if u < E:
-            _relax(dist[u], u, loss_EE[u], prices[u], prices, dist, waiting, parent)
+            _relax(base, u, loss_EE[u], prices[u], prices, dist, parent)
             if num_bonus > 0 and bonus[u] == 0:
-                d = dist[u] + max(0.0, prices[E] - prices[u])
+                d = base + max(0.0, prices[E] - prices[u])
                 if d < dist[E]:
                     dist[E] = d
-                    waiting[E] = d
                     parent[E] = u
         else:
             for f in range(E):
                 if bonus[f] == 1:
-                    d = dist[E] + max(0.0, prices[f] - prices[E])
+                    d = base + max(0.0, prices[f] - prices[E])
                     if d < dist[f]:
                         dist[f] = d
-                        waiting[f] = d
                         parent[f] = E
-    if found > 0:
-        farthest = dist[sinks[found - 1]]
-        for v in range(E + 1):
-            if dist[v] < farthest:
-                prices[v] += farthest - dist[v]
+    for v in range(E + 1):
+        if settled[v] < farthest:
+            prices[v] += farthest - settled[v]
     return found
+
+
+@kernel
+def _usable(sink: int, parent: I64, excess: I64, bonus: I64, via_EE: I64) -> bool:
+    """Whether a path still starts where there are too many and no path of the same search took a token it needs."""
+    E = via_EE.shape[0]
+    f = sink
+    while parent[f] >= 0:
+        e = parent[f]
+        if (f == E and bonus[e] == 1) or (e == E and bonus[f] == 0):
+            return False
+        if e < E and f < E and via_EE[e, f] == STALE:
+            return False
+        f = e
+    return excess[f] > 0
 
 
 @kernel
 def _push(
     sink: int, k: int, parent: I64, excess: I64, bonus: I64, open_NE: Floats, row: I64, value: F64, place: I64,
     weight: I64, first: I64, other: I64, slots: I64, head: I64, after: I64, before: I64, loss_EE: F64, via_EE: I64,
-    stale: I64,
+    stale: I64, tiled: I64, held: F64, looked: I64,
 ) -> int:  # fmt: skip
     """Move tokens along the path that ends at `sink`, as many as are tied on all of it; returns how many."""
     E = loss_EE.shape[0]
@@ -127,10 +140,16 @@ def _push(
         through_pool = through_pool or source == E
     count = 1 if through_pool else min(excess[source], -excess[sink])
     f = sink
-    while count > 1 and parent[f] >= 0:
-        e = parent[f]
-        count = tied(e, f, count, open_NE, row, value, weight, head, after, loss_EE[e, f])
-        f = e
+    if count > 1:
+        paths, ties = looked
+        looked[0] += 1
+        if paths >= 16 and 8 * ties < paths and paths % 8 > 0:
+            count = 1  # ties have been rare so far, so they are not always looked for
+        while count > 1 and parent[f] >= 0:
+            e = parent[f]
+            count = tied(e, f, count, open_NE, row, value, weight, head, after, loss_EE[e, f])
+            f = e
+        looked[1] += 1 if count > 1 else 0
     f = sink
     while parent[f] >= 0:
         e = parent[f]
@@ -140,8 +159,8 @@ def _push(
             bonus[f] = 0
         else:
             move(
-                e, f, k, count, open_NE, row, value, place, weight, first, other, slots, head, after, before, loss_EE,
-                via_EE, stale,
+                e, f, k, count, open_NE, row, value, place, weight, first, other, slots, head, after, before, tiled,
+                held, loss_EE, via_EE, stale,
             )  # fmt: skip
         f = e
     excess[source] -= count
@@ -183,11 +202,20 @@ def rebalance(
     for e in range(E):
         cheapest_moves(e, open_NE, row, value, head, after, loss_EE, via_EE)
     dist = np.empty(E + 1, np.float64)
-    waiting = np.empty(E + 1, np.float64)
+    bits = dist.view(np.uint64)
+    settled = np.empty(E + 1, np.float64)
     parent = np.empty(E + 1, np.int64)
     stale = np.zeros(E, np.int64)
+    start = room_for_tiles(place, weight, slots[0] if k == 1 else 0, excess)
+    tile = np.empty(start[E] * E if k == 1 else 0, open_NE.dtype)
+    filled = np.zeros(E, np.int64)
+    held = np.empty(start[E], np.float64)
+    held_by = np.empty(start[E], np.int64)
+    tiled = np.full(S, -1, np.int64)
+    scratch = np.empty(S, np.float64)
     sinks = np.empty(E, np.int64)
     used = np.empty(E + 1, np.int64)
+    looked = np.zeros(2, np.int64)  # for ties: on how many paths, and how often there were any
     left = 0
     for e in range(E):
         left += max(excess[e], 0)
@@ -197,20 +225,26 @@ def rebalance(
         sources = 0
         for e in range(E):
             sources += 1 if excess[e] > 0 else 0
-        most = 1 + sources // SHARE if k == 1 else 1  # with k > 1 two paths could want to move the same token
-        found = _shortest_paths(excess, loss_EE, prices, bonus, num_bonus, most, dist, waiting, parent, sinks, used)
+        most = sources if k == 1 else 1
+        found = _shortest_paths(
+            excess, loss_EE, prices, bonus, num_bonus, most, dist, bits, settled, parent, sinks, used
+        )
         if found == 0:
             status = UNREACHABLE
             break
         for i in range(found):
-            left -= _push(
-                sinks[i], k, parent, excess, bonus, open_NE, row, value, place, weight, first, other, slots, head,
-                after, before, loss_EE, via_EE, stale,
-            )  # fmt: skip
-        paths += found
+            if _usable(sinks[i], parent, excess, bonus, via_EE):
+                left -= _push(
+                    sinks[i], k, parent, excess, bonus, open_NE, row, value, place, weight, first, other, slots, head,
+                    after, before, loss_EE, via_EE, stale, tiled, held, looked,
+                )  # fmt: skip
+                paths += 1
         for e in range(E):
             if stale[e] > 0:
-                refresh(e, open_NE, row, value, head, after, loss_EE, via_EE, stale)
+                refresh(
+                    e, k, open_NE, row, value, head, after, start, tile, filled, held, held_by, tiled, scratch,
+                    loss_EE, via_EE, stale,
+                )  # fmt: skip
     found_place = np.empty(S, np.int64)
     for slot in range(slots[0]):
         i = first[slot]

@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_base.assignment.kernel import kernel
+from lightning_base.assignment.passes import smallest
 from lightning_base.assignment.residual import rebalance
 
 F64 = NDArray[np.float64]
@@ -17,6 +18,7 @@ Floats = NDArray[np.floating]
 Ints = NDArray[np.integer]
 
 NO_EXPERT = 2  # beside the outcomes of `rebalance`
+SPARE = 8  # tokens that may leave an expert beyond those that must
 
 
 @kernel
@@ -106,6 +108,47 @@ def assign_movable(
 
 
 @kernel
+def choose_movable(
+    chosen_TK: I32, margin_T: Floats, threshold: float, load_E: I64, largest_E: I64, movable_T: Bools
+) -> None:  # fmt: skip
+    """Mark the tokens that may move: all with a margin up to the threshold, and enough in every expert; O(T).
+
+    Enough are those that are too many and `SPARE` more, so that no expert is a dead end. They are the ones with the
+    smallest margins among the tokens of the expert.
+    """
+    T, k = chosen_TK.shape
+    E = load_E.shape[0]
+    lacking = np.empty(E, np.int64)
+    for e in range(E):
+        lacking[e] = max(load_E[e] - largest_E[e], 0) + SPARE
+    for t in range(T):
+        movable_T[t] = movable_T[t] or margin_T[t] <= threshold
+        if movable_T[t]:
+            for i in range(k):
+                lacking[chosen_TK[t, i]] -= 1
+    start = np.zeros(E + 1, np.int64)
+    for e in range(E):
+        start[e + 1] = start[e] + (load_E[e] if lacking[e] > 0 else 0)
+    if start[E] == 0:
+        return
+    end = start[:-1].copy()
+    held = np.empty(start[E], margin_T.dtype)
+    for t in range(T):
+        for i in range(k):
+            e = chosen_TK[t, i]
+            if lacking[e] > 0 and not movable_T[t]:
+                held[end[e]] = margin_T[t]
+                end[e] += 1
+    limit = np.full(E, -np.inf)
+    for e in range(E):
+        if lacking[e] > 0 and end[e] > start[e]:
+            limit[e] = smallest(held[start[e] : end[e]], min(lacking[e], end[e] - start[e]) - 1)
+    for t in range(T):
+        for i in range(k):
+            movable_T[t] = movable_T[t] or margin_T[t] <= limit[chosen_TK[t, i]]
+
+
+@kernel
 def free_unhappy(
     scores_TE: Floats, expert_TK: I64, margin_T: Floats, rounding: float, before: F64, after: F64, movable_T: Bools
 ) -> int:  # fmt: skip
@@ -116,9 +159,10 @@ def free_unhappy(
     """
     T, E = scores_TE.shape
     k = expert_TK.shape[1]
-    change = after - before
+    change = np.empty(E)
     least = np.inf
     for e in range(E):
+        change[e] = after[e] - before[e]
         least = min(least, change[e])
     unhappy = 0
     for t in range(T):

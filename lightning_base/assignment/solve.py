@@ -13,7 +13,10 @@ from jaxtyping import Float, Float64, Int64
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lightning_base.assignment.pool import thread_pool
 from lightning_base.assignment.problem import Loads, dual_bound, even_loads, given_loads
+
+WORTH_THREADS = 2**16  # scores of a group, from which on it is quicker to solve several at once
 
 
 class Assignment(NamedTuple):
@@ -110,6 +113,52 @@ def balanced_assignment(
         ValueError: unknown solver; k outside 1..E; capacities that do not fit; NaN or +inf in the scores (the row is
             named); forbidden pairs that leave no assignment; k > 1 with a solver that has none.
     """
+    problem = _checked(scores, solver, capacities, prices, k)
+    return _measured(problem, _solved(problem, options), certificate)
+
+
+def balanced_assignments(
+    groups: Sequence[Float[Tensor, "_ E"]],
+    *,
+    solver: str = "transport",
+    prices: Tensor | None = None,
+    k: int = 1,
+    **options: Any,
+) -> list[Assignment]:
+    """`balanced_assignment` of each group of tokens by itself, all from the same prices.
+
+    Groups that are large enough are solved on several threads at once, at most as many as torch uses. They do not
+    depend on each other, so that the answers are those of one after another.
+    """
+    problems = [_checked(group, solver, None, prices, k) for group in groups]
+    threads = min(torch.get_num_threads(), len(problems))
+    if threads > 1 and solver == "transport" and sum(p.work.numel() for p in problems) >= WORTH_THREADS * len(problems):
+        # All that torch does stays in this thread: in others, it would start threads of its own for each.
+        answers = list(thread_pool(threads).map(lambda problem: _solved(problem, {"threads": 1, **options}), problems))
+    else:
+        answers = [_solved(problem, options) for problem in problems]
+    return [_measured(problem, answer) for problem, answer in zip(problems, answers, strict=True)]
+
+
+class _Problem(NamedTuple):
+    """Scores that are known to be good, as they came and as they are worked on, and what is asked."""
+
+    scores: Tensor  # [T, E]
+    work: Tensor  # [T, E], the same times two to the minus `exponent`, float32 or float64
+    exponent: int
+    loads: Loads
+    solver: str
+    prices: Tensor | None  # [E], scaled like `work`
+    is_open: Tensor | None  # [E], which experts take tokens at all; None if all do
+
+
+def _checked(
+    scores: Tensor,
+    solver: str,
+    capacities: Sequence[int | float] | NDArray[np.number] | Tensor | None,
+    prices: Tensor | None,
+    k: int,
+) -> _Problem:
     if solver not in SOLVERS:
         raise ValueError(f"solver: {solver!r} is not one of {', '.join(SOLVERS)}")
     T, E = scores.shape
@@ -124,24 +173,39 @@ def balanced_assignment(
     work = scores if scores.dtype in (torch.float32, torch.float64) else scores.float()  # exact, and quicker to read
     exponent, lowest = _checked_magnitude(work)
     if exponent != 0:
-        work = torch.ldexp(work.double(), torch.tensor(-exponent))
+        work = _times_two_to_the(-exponent, work.double())
     open_E = None if int(loads.largest.min()) > 0 else torch.from_numpy(loads.largest > 0).to(scores.device)
     if solver != "greedy" and (open_E is not None or lowest == -math.inf):
         _check_open_pairs(work, open_E, k)
     if prices is not None:
-        prices = torch.ldexp(_checked_prices(prices, E), torch.tensor(-exponent))
-    if T == 0:
-        answer = Answer(torch.empty(0, k, dtype=torch.int64), None)
-    elif solver == "greedy" or open_E is None:
-        answer = SOLVERS[solver](work, loads, prices, **options)
-    else:
-        answer = _without_closed(SOLVERS[solver], work, loads, prices, open_E, options)
+        prices = _times_two_to_the(-exponent, _checked_prices(prices, E))
+    if solver == "transport":
+        work = work.cpu().contiguous()
+    return _Problem(scores, work, exponent, loads, solver, prices, open_E)
+
+
+def _solved(problem: _Problem, options: dict[str, Any]) -> Answer:
+    solve = SOLVERS[problem.solver]
+    if len(problem.work) == 0:
+        return Answer(torch.empty(0, problem.loads.k, dtype=torch.int64), None)
+    if problem.solver == "greedy" or problem.is_open is None:
+        return solve(problem.work, problem.loads, problem.prices, **options)
+    return _without_closed(solve, problem.work, problem.loads, problem.prices, problem.is_open, options)
+
+
+def _measured(problem: _Problem, answer: Answer, certificate: bool = False) -> Assignment:
+    scores, loads = problem.scores, problem.loads
+    T, E = scores.shape
     expert = answer.expert.to(scores.device)
     found = torch.zeros(E, dtype=torch.float64) if answer.prices is None else answer.prices.to("cpu", torch.float64)
-    found = torch.ldexp(found - found.mean(), torch.tensor(exponent)).to(scores.device)
+    found = _times_two_to_the(problem.exponent, found - found.mean()).to(scores.device)
     objective = float(scores.gather(1, expert).sum(dtype=torch.float64)) if T else 0.0
     gap = dual_bound(scores, found, loads) - objective if certificate else None
-    return Assignment(expert if k > 1 else expert[:, 0], found, objective, gap)
+    return Assignment(expert if loads.k > 1 else expert[:, 0], found, objective, gap)
+
+
+def _times_two_to_the(exponent: int, tensor: Tensor) -> Tensor:
+    return tensor if exponent == 0 else torch.ldexp(tensor, torch.tensor(exponent))
 
 
 def _checked_magnitude(scores_TE: Tensor) -> tuple[int, float]:
@@ -152,7 +216,10 @@ def _checked_magnitude(scores_TE: Tensor) -> tuple[int, float]:
     """
     if scores_TE.numel() == 0:
         return 0, 0.0
-    low, high = float(scores_TE.amin()), float(scores_TE.amax())  # both at once takes longer
+    # One after the other, since both at once take longer. On the CPU by numpy, which starts no threads for so little:
+    # on busy cores torch would wait for its own longer than all else takes.
+    values: Any = scores_TE.numpy() if scores_TE.device.type == "cpu" else scores_TE
+    low, high = float(values.min()), float(values.max())
     if math.isnan(high) or high == math.inf:
         name = "NaN" if math.isnan(high) else "+inf"
         bad = scores_TE.isnan() if math.isnan(high) else scores_TE == math.inf

@@ -1,5 +1,7 @@
 """Generated problems for the solver tests, and independent ways to solve them."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,11 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from torch import Tensor
 
 from lightning_base.assignment.examples import EXAMPLES
+
+
+def seeds(short: int, long: int) -> list[Any]:
+    """Seeds to run by: so many always, the others only in the long form."""
+    return [*range(short), *(pytest.param(seed, marks=pytest.mark.exhaustive) for seed in range(short, long))]
 
 
 def random_scores(rng: np.random.Generator, num_tokens: int, num_experts: int) -> Tensor:

@@ -127,7 +127,7 @@ def test_the_input_is_not_changed_and_gets_no_gradient() -> None:
     assert torch.equal(scores.detach(), before)
 
 
-@pytest.mark.parametrize("k", [1, 2])
+@pytest.mark.parametrize("k", [1, pytest.param(2, marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize("kind", EXAMPLES)
 def test_the_number_of_threads_changes_nothing(kind: str, k: int) -> None:
     scores = EXAMPLES[kind](2**15, 80, torch.Generator().manual_seed(3))  # large enough for several threads
@@ -288,6 +288,29 @@ def test_importing_the_package_loads_neither_lightning_nor_hydra_nor_numba() -> 
         assert name not in loaded
 
 
+def test_a_kernel_that_is_not_in_the_cache_is_announced_and_one_that_is_not(tmp_path: Path) -> None:
+    program = """
+from lightning_base.assignment.kernel import kernel
+
+@kernel
+def one_more(number):
+    return number + 1
+
+assert one_more(1) == 2
+"""
+    (tmp_path / "program.py").write_text(program)
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
+    said = [
+        subprocess.run(
+            [sys.executable, tmp_path / "program.py"], env=environment, check=True, capture_output=True, text=True
+        ).stderr
+        for _ in range(2)
+    ]
+    assert said[0].count("compiling the exact solver, once per machine") == 1
+    assert said[1] == ""
+
+
+@pytest.mark.exhaustive
 def test_the_first_call_on_a_machine_says_that_it_compiles_and_later_ones_are_silent(tmp_path: Path) -> None:
     program = "import torch; from lightning_base.assignment import balanced_assignment as b; b(torch.zeros(2, 2))"
     said = [
