@@ -11,6 +11,8 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_base.moe.products import PRECISIONS, relu_experts
+
 Activation = Literal["relu", "gelu", "silu"]
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
 
@@ -55,28 +57,55 @@ class Experts(nn.Module):
         for w2 in self.w2:
             nn.init.zeros_(w2)
 
-    def forward(self, tokens_AD: Float[Tensor, "A D"], counts: Int64[Tensor, " E"]) -> Float[Tensor, "A D"]:
+    @property
+    def sublayers(self) -> int:
+        return len(self.w1)
+
+    def forward(
+        self, tokens_AD: Float[Tensor, "A D"], counts: Int64[Tensor, " E"], *, normalized: bool = False
+    ) -> Float[Tensor, "A D"]:
         """What each token's expert adds to it, f_e(x) - x.
 
         Args:
             tokens_AD: the tokens of expert 0, then of expert 1, ...
             counts: tokens per expert, summing to A.
+            normalized: given is LayerNorm(x) instead of x, which is all that experts of one sublayer look at.
         """
-        hidden_AD = tokens_AD
-        added_AD = torch.zeros_like(tokens_AD)
-        for w1, w2 in zip(self.w1, self.w2, strict=True):
-            normed_AD = F.layer_norm(hidden_AD, hidden_AD.shape[-1:])
-            inner_AH = self.activation(expert_matmul(normed_AD, w1, counts))
-            update_AD = expert_matmul(inner_AH, w2, counts)
-            added_AD = added_AD + update_AD
-            hidden_AD = hidden_AD + update_AD
+        hidden_AD, added_AD = tokens_AD, None
+        for depth, (w1, w2) in enumerate(zip(self.w1, self.w2, strict=True), 1):
+            normed_AD = hidden_AD if normalized else F.layer_norm(hidden_AD, hidden_AD.shape[-1:])
+            update_AD = self._inner(normed_AD, w1, w2, counts)
+            added_AD = update_AD if added_AD is None else added_AD + update_AD
+            if depth < self.sublayers:
+                hidden_AD = hidden_AD + update_AD
+        assert added_AD is not None
         return added_AD
+
+    def _inner(self, normed_AD: Tensor, w1: Tensor, w2: Tensor, counts: Tensor) -> Tensor:
+        """W2 act(W1 x)."""
+        plain = normed_AD.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
+        if plain and self.activation is F.relu and normed_AD.dtype == w1.dtype == w2.dtype in PRECISIONS:
+            return relu_experts(normed_AD, w1, w2, counts)[0]
+        return any_experts(normed_AD, w1, w2, counts, self.activation)
 
 
 # torch.compile would break the graph at the counts anyway, and cannot trace grouped_mm in float32.
 @torch.compiler.disable
+def any_experts(
+    x_AD: Float[Tensor, "A D"],
+    w1_EDH: Float[Tensor, "E D H"],
+    w2_EHD: Float[Tensor, "E H D"],
+    counts: Int64[Tensor, " E"],
+    activation: Callable[[Tensor], Tensor],
+) -> Float[Tensor, "A D"]:
+    """W2 act(W1 x) of each token's expert on any device, in any precision."""
+    # Once for both products: on a GPU the host waits for the answer.
+    equal = len(counts) > 1 and len(x_AD) > 0 and bool((counts == counts[0]).all())
+    return expert_matmul(activation(expert_matmul(x_AD, w1_EDH, counts, equal)), w2_EHD, counts, equal)
+
+
 def expert_matmul(
-    x_AM: Float[Tensor, "A M"], weight_EMN: Float[Tensor, "E M N"], counts: Int64[Tensor, " E"]
+    x_AM: Float[Tensor, "A M"], weight_EMN: Float[Tensor, "E M N"], counts: Int64[Tensor, " E"], equal: bool
 ) -> Float[Tensor, "A N"]:
     """Each row times the matrix of its expert: one batched matmul if counts are equal, else a grouped one."""
     num_experts, _, width_out = weight_EMN.shape
@@ -89,6 +118,6 @@ def expert_matmul(
         return x_AM @ weight_EMN.sum(0)
     if num_experts == 1:
         return x_AM @ weight_EMN[0]
-    if bool((counts == counts[0]).all()):
+    if equal:
         return torch.bmm(x_AM.view(num_experts, -1, x_AM.shape[1]), weight_EMN).view(-1, width_out)
     return F.grouped_mm(x_AM.contiguous(), weight_EMN, offs=counts.cumsum(0).to(torch.int32))

@@ -98,18 +98,22 @@ class SparseLayer(nn.Module):
         if watch is not None:
             watch.lap("router")
         dispatcher = Dispatcher(plan)
-        dispatched_AD = dispatcher.dispatch(tokens_TD)
+        # Experts of one sublayer see the same LayerNorm as the router, which need not be taken twice. Somebody else's
+        # module in their place is given the tokens themselves.
+        shared_norm = self.router_norm and type(self.experts) is Experts and self.experts.sublayers == 1
+        dispatched_AD = dispatcher.dispatch(seen_TD if shared_norm else tokens_TD)
         if watch is not None:
             watch.lap("dispatch")
-        outputs_AD = self.experts(dispatched_AD, dispatcher.counts)
+        options = {"normalized": True} if shared_norm else {}
+        outputs_AD = self.experts(dispatched_AD, dispatcher.counts, **options)
         if watch is not None:
             watch.lap("experts")
         added_TD = dispatcher.combine(outputs_AD).to(flat_TD.dtype)
         if watch is not None:
             watch.lap("combine")
-        if not self.residual:
-            flat_TD = torch.zeros_like(flat_TD)
-        result_TD = flat_TD + added_TD if where is None else flat_TD.index_add(0, where, added_TD)
+        if where is not None:
+            added_TD = torch.zeros_like(flat_TD).index_copy(0, where, added_TD)
+        result_TD = flat_TD + added_TD if self.residual else added_TD
         return result_TD.view_as(hidden), plan
 
     def _groups(self, sequences: int, length: int, valid: Tensor | None) -> RoutingGroups:

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor, nn
 
-from lightning_base.assignment import SOLVERS, balanced_assignment
+from lightning_base.assignment import SOLVERS, balanced_assignments
 from lightning_base.routing.plan import RoutingGroups, RoutingPlan, count_by_group
 from lightning_base.routing.router import Router
 from lightning_base.routing.selection import weigh
@@ -85,12 +85,13 @@ class BASE(Router):
             )
         else:
             expert_TK = detached_TE.topk(self.top_k, dim=-1).indices
-        chosen = weigh(expert_TK, scores_TE.sigmoid())
-        aux["gates"] = chosen.weight.detach()
+        chosen = weigh(expert_TK, scores_TE)
+        weight = chosen.weight.sigmoid()
+        aux["gates"] = weight.detach()
         return RoutingPlan(
             token_index=chosen.token_index,
             expert_index=chosen.expert_index,
-            weight=chosen.weight,
+            weight=weight,
             group_demand=count_by_group(groups, self.num_experts, chosen.token_index, chosen.expert_index),
             groups=groups,
             top_k=self.top_k,
@@ -123,9 +124,7 @@ def balanced_by_group(
     """The k experts of every token, balanced in each routing group, the prices of each group, and the seconds taken."""
     began = time.perf_counter()
     # Every group starts from the same prices, not from its neighbour's: which groups share a rank must not matter.
-    solved = [
-        balanced_assignment(group_TE, solver=solver, prices=start_E, k=top_k) for group_TE in groups.split(scores_TE)
-    ]
+    solved = balanced_assignments(groups.split(scores_TE), solver=solver, prices=start_E, k=top_k)
     experts = [answer.expert.view(-1, top_k) for answer in solved]
     expert_TK = torch.cat([scores_TE.new_zeros(0, top_k, dtype=torch.int64), *experts])
     prices_GE = torch.stack([answer.prices for answer in solved]) if solved else start_E.new_zeros(0, len(start_E))

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from lightning_base.routing.capacity import check_capacity_factor, expert_capacity, within_capacity
+from lightning_base.routing.capacity import check_capacity_factor, expert_capacity, serve
 from lightning_base.routing.losses import balancing_loss, check_scope
 from lightning_base.routing.noise import draw_key, uniform_noise
 from lightning_base.routing.plan import RoutingGroups, RoutingPlan, count_by_group
@@ -99,9 +99,7 @@ class GShard(Router):
         capacity = None
         if self.capacity_factor is not None:
             slots = expert_capacity(groups, self.num_experts, 2, self.capacity_factor)
-            capacity = torch.tensor(slots, device=tokens.device, dtype=torch.int64)
-            group_index = groups.index(tokens.device)[token_index]
-            kept = within_capacity(group_index, expert_index, capacity, self.num_experts)
+            kept, capacity = serve(groups, token_index, expert_index, slots, self.num_experts)
             token_index, expert_index, weight = token_index[kept], expert_index[kept], weight[kept]
         return RoutingPlan(
             token_index=token_index,

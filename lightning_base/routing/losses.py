@@ -5,11 +5,10 @@ Shapes: A assignments asked for, T tokens, G routing groups, E experts.
 
 from typing import Literal, NamedTuple, get_args
 
-import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from lightning_base.routing.plan import RoutingGroups, StepLoss, count_by_group
+from lightning_base.routing.plan import RoutingGroups, StepLoss, count, count_by_group
 
 Scope = Literal["group", "sequence", "step"]
 
@@ -48,7 +47,7 @@ def balancing_loss(
     """
     num_experts = probabilities_TE.shape[1]
     if scope == "step":
-        demand = torch.bincount(expert_index, minlength=num_experts)
+        demand = count(expert_index, num_experts)
         step_loss = StepLoss(demand, probabilities_TE.sum(0), len(probabilities_TE))
         return BalancingLoss({}, {"load_balancing_loss": step_loss})
     balanced = groups.by_sequence() if scope == "sequence" else groups
@@ -78,13 +77,15 @@ def router_z_loss(logits_TE: Float[Tensor, "T E"], groups: RoutingGroups) -> Flo
 
     Averaged in each group and then over groups that hold tokens.
     """
-    return _mean_over_groups(logits_TE.logsumexp(-1).square(), groups)
+    return _means(logits_TE.logsumexp(-1, keepdim=True).square(), groups).sum() / max(groups.held, 1)
 
 
-def _mean_over_groups(value_T: Float[Tensor, " T"], groups: RoutingGroups) -> Float[Tensor, ""]:
-    sizes_G = torch.tensor(groups.sizes, device=value_T.device, dtype=value_T.dtype)
-    sums_G = value_T.new_zeros(len(groups.sizes)).index_add(0, groups.index(value_T.device), value_T)
-    return (sums_G / sizes_G.clamp(min=1)).sum() / (sizes_G > 0).sum().clamp(min=1)
+def _means(value_TN: Float[Tensor, "T N"], groups: RoutingGroups) -> Float[Tensor, "G N"]:
+    """The mean over the tokens of each group, 0 for a group without tokens."""
+    sums_GN = groups.sum(value_TN)
+    if groups.even:
+        return sums_GN / max(groups.sizes[0] if groups.sizes else 1, 1)
+    return sums_GN / sums_GN.new_tensor(groups.sizes).clamp(min=1)[:, None]
 
 
 def load_balancing_loss(
@@ -97,12 +98,7 @@ def load_balancing_loss(
     f_i is the share of assignments that asked for expert i (before any drop, divided by T k), P_i its mean gate
     probability; the gradient flows through P alone, since f is built from counts. Groups without tokens are left out.
     """
-    num_groups, num_experts = group_demand_GE.shape
-    sums_GE = probabilities_TE.new_zeros(num_groups, num_experts)
-    sums_GE = sums_GE.index_add(0, groups.index(probabilities_TE.device), probabilities_TE)
-    sizes_G = torch.tensor(groups.sizes, device=sums_GE.device, dtype=sums_GE.dtype)
-    mean_GE = sums_GE / sizes_G.clamp(min=1)[:, None]
     asked_G = group_demand_GE.sum(1, keepdim=True).clamp(min=1)
     share_GE = group_demand_GE / asked_G
-    loss_G = num_experts * (share_GE * mean_GE).sum(1)
-    return loss_G.sum() / (sizes_G > 0).sum().clamp(min=1)
+    loss_G = group_demand_GE.shape[1] * (share_GE * _means(probabilities_TE, groups)).sum(1)
+    return loss_G.sum() / max(groups.held, 1)

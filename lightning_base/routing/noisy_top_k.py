@@ -117,9 +117,7 @@ def chance_of_being_kept(
 
 def squared_variation(value_TE: Float[Tensor, "T E"], groups: RoutingGroups) -> Float[Tensor, ""]:
     """CV^2 over experts of the values summed over tokens, in each group, averaged over groups that hold tokens."""
-    sums_GE = value_TE.new_zeros(len(groups.sizes), value_TE.shape[1])
-    sums_GE = sums_GE.index_add(0, groups.index(value_TE.device), value_TE)
+    sums_GE = groups.sum(value_TE)
     mean_G1 = sums_GE.mean(1, keepdim=True)
     squared_G = (sums_GE - mean_G1).square().mean(1) / mean_G1.squeeze(1).square().clamp(min=1e-20)
-    held = sum(size > 0 for size in groups.sizes)
-    return squared_G.sum() / max(held, 1)
+    return squared_G.sum() / max(groups.held, 1)

@@ -34,8 +34,28 @@ class RoutingGroups:
     def index(self, device: torch.device | str = "cpu") -> Int64[Tensor, " T"]:
         """The group of every token, [T]."""
         groups = torch.arange(len(self.sizes), device=device)
+        if self.even:
+            return groups.repeat_interleave(self.sizes[0] if self.sizes else 1)
         sizes = torch.tensor(self.sizes, device=device, dtype=torch.int64)
         return groups.repeat_interleave(sizes, output_size=self.num_tokens)
+
+    @property
+    def even(self) -> bool:
+        """All groups hold the same number of tokens, as they do without padding: then a device need not be told."""
+        return self.sizes.count(self.sizes[0]) == len(self.sizes) if self.sizes else True
+
+    @property
+    def held(self) -> int:
+        """Groups that hold tokens."""
+        return sum(size > 0 for size in self.sizes)
+
+    def sum(self, value_TN: Float[Tensor, "T N"]) -> Float[Tensor, "G N"]:
+        """The sum over the tokens of each group."""
+        if not self.sizes:
+            return value_TN.new_zeros(0, value_TN.shape[1])
+        if self.even:
+            return value_TN.unflatten(0, (len(self.sizes), self.sizes[0])).sum(1)
+        return torch.stack([part.sum(0) for part in self.split(value_TN)])
 
     def split(self, tokens: Shaped[Tensor, "T *rest"]) -> Sequence[Tensor]:
         """One view per group."""
@@ -128,7 +148,7 @@ class RoutingPlan:
     @property
     def load(self) -> Int64[Tensor, " E"]:
         """Tokens that each expert computes, after the drop, [E]."""
-        return torch.bincount(self.expert_index, minlength=self.num_experts)
+        return count(self.expert_index, self.num_experts)
 
     @property
     def tokens_left_behind(self) -> Int64[Tensor, ""]:
@@ -152,4 +172,12 @@ def count_by_group(
     """Assignments per routing group and expert, [G, E]."""
     num_groups = len(groups.sizes)
     flat = groups.index(token_index.device)[token_index] * num_experts + expert_index
-    return torch.bincount(flat, minlength=num_groups * num_experts).view(num_groups, num_experts)
+    return count(flat, num_groups * num_experts).view(num_groups, num_experts)
+
+
+def count(index: Int64[Tensor, " N"], size: int) -> Int64[Tensor, " size"]:
+    """How often each of 0 ... size - 1 occurs.
+
+    ``torch.bincount`` looks for the largest first: a GPU's host would wait for it, and a compiler cannot know the size.
+    """
+    return index.new_zeros(size).scatter_add_(0, index, torch.ones_like(index))

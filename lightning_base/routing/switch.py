@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from lightning_base.routing.capacity import check_capacity_factor, expert_capacity, within_capacity
+from lightning_base.routing.capacity import check_capacity_factor, expert_capacity, serve
 from lightning_base.routing.losses import balancing_loss, check_scope
 from lightning_base.routing.plan import RoutingGroups, RoutingPlan, count_by_group
 from lightning_base.routing.router import Router
@@ -70,8 +70,7 @@ class Switch(Router):
         factor = self.capacity_factor if self.training else self.evaluation_capacity_factor
         if factor is not None:
             slots = expert_capacity(groups, self.num_experts, 1, factor)
-            capacity = torch.tensor(slots, device=tokens.device, dtype=torch.int64)
-            kept = within_capacity(groups.index(tokens.device), expert_index, capacity, self.num_experts)
+            kept, capacity = serve(groups, token_index, expert_index, slots, self.num_experts)
             token_index, expert_index, weight = token_index[kept], expert_index[kept], weight[kept]
         return RoutingPlan(
             token_index=token_index,

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lightning_base.routing.capacity import check_capacity_factor, expert_capacity, within_capacity
+from lightning_base.routing.capacity import check_capacity_factor, expert_capacity, serve
 from lightning_base.routing.losses import balancing_loss, check_scope, router_z_loss
 from lightning_base.routing.plan import RoutingGroups, RoutingPlan, count_by_group
 from lightning_base.routing.router import Router
@@ -105,9 +105,7 @@ class TopK(Router):
         capacity = None
         if self.capacity_factor is not None:
             slots = expert_capacity(groups, self.num_experts, self.top_k, self.capacity_factor)
-            capacity = torch.tensor(slots, device=tokens.device, dtype=torch.int64)
-            group_index = groups.index(tokens.device)[token_index]
-            kept = within_capacity(group_index, expert_index, capacity, self.num_experts)
+            kept, capacity = serve(groups, token_index, expert_index, slots, self.num_experts)
             token_index, expert_index, weight = token_index[kept], expert_index[kept], weight[kept]
         return RoutingPlan(
             token_index=token_index,
