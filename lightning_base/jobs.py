@@ -14,13 +14,18 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from lightning_base.config import Config, check_devices, read_config
-from lightning_base.instantiation import ConfigError
+from lightning_base.data import Corpus, prepare_for_run
+from lightning_base.distributed.forked import ForkedRank
+from lightning_base.distributed.launch import PREEMPTED, command, launch
+from lightning_base.instantiation import ConfigError, instantiate
 from lightning_base.run_directory import RunDirectory, read_json
 
 RANK_ENTRY = "lightning_base.train"
 
 # The jobs this process has taken on, for the summary of a run without a sweep.
 STARTED: list[RunDirectory] = []
+# The prepared corpora of this process, by the configuration of the data.
+PREPARED: dict[str, str] = {}
 # How jobs ended on a node that does not write status.json.
 ENDED_HERE: dict[RunDirectory, str] = {}
 
@@ -32,7 +37,7 @@ def job(composed: DictConfig) -> str:
     hydra_config = HydraConfig.get()
     run = RunDirectory(Path(hydra_config.runtime.output_dir))
     STARTED.append(run)
-    in_sweep = hydra_config.mode == RunMode.MULTIRUN
+    in_parent = hydra_config.mode == RunMode.RUN and hydra_config.runtime.choices.get("debug") is not None
     check_devices(config.trainer)
     check_nodes(config)
     first_node = node_rank(config) == 0
@@ -40,20 +45,21 @@ def job(composed: DictConfig) -> str:
     if not left:
         say(f"skipping {shown(run.path)}: it is done")
         return "skipped"
-    prepare_data(config)
+    prepared = prepare_data(config)
     if first_node:
-        write_job(run, plain, list(hydra_config.overrides.task))
+        write_job(run, plain, list(hydra_config.overrides.task), prepared)
         say(f"running {shown(run.path)}")
     else:
         wait_for_config(run, plain, config.strategy.timeout_seconds)
-    return run_tree(run, config, own_process=in_sweep or config.trainer.world_size > 1)
+    return run_tree(run, config, own_process=not in_parent or config.trainer.world_size > 1)
 
 
-def write_job(run: RunDirectory, plain: dict[str, Any], overrides: list[str]) -> None:
+def write_job(run: RunDirectory, plain: dict[str, Any], overrides: list[str], prepared: str) -> None:
     """Writes what every rank will read, and a status that says the job has begun."""
     run.config.parent.mkdir(parents=True, exist_ok=True)
     OmegaConf.save(OmegaConf.create(plain), run.config)
     OmegaConf.save(OmegaConf.create(overrides), run.config.with_name("overrides.yaml"))
+    run.write_prepared_corpus(prepared)
     for old in run.failures.glob("*.json"):
         old.unlink()
     run.write_status("running")
@@ -79,16 +85,13 @@ def wait_for_config(run: RunDirectory, plain: dict[str, Any], seconds: float) ->
 
 def run_tree(run: RunDirectory, config: Config, *, own_process: bool) -> str:
     """Launches the ranks, waits, and writes how it ended."""
-    # Imported late: Hydra's tab completion and --help need not wait for torch.
-    from lightning_base.distributed.launch import PREEMPTED, command, launch
-
     interrupted = terminated = False
     try:
         if own_process:
             trainer = config.trainer
-            code, terminated = launch(
-                command(run.path, devices=trainer.devices, num_nodes=trainer.num_nodes, entry=RANK_ENTRY)
-            )
+            several = command(run.path, devices=trainer.devices, num_nodes=trainer.num_nodes, entry=RANK_ENTRY)
+            alone = trainer.world_size == 1
+            code, terminated = launch((lambda: ForkedRank(RANK_ENTRY, run.path)) if alone else several)
         else:
             code = run_here(run)
     except KeyboardInterrupt:
@@ -119,7 +122,7 @@ def run_tree(run: RunDirectory, config: Config, *, own_process: bool) -> str:
 
 
 def run_here(run: RunDirectory) -> int:
-    """A single job with a single rank needs no other process."""
+    """With ``debug=...`` a single job with a single rank trains in this process, where a debugger works."""
     from lightning_base import train
 
     try:
@@ -198,17 +201,23 @@ def check_nodes(config: Config) -> None:
         )
 
 
-def prepare_data(config: Config) -> None:
-    """Builds the corpus before any rank waits for it; says what is wrong with it before anything is spent."""
-    from lightning_base.train import build_data, quiet
+def prepare_data(config: Config) -> str:
+    """Builds the corpus before any rank waits for it; says what is wrong with it before anything is spent.
 
-    quiet()
-    try:
-        build_data(config).prepare_data()
-    except ConfigError:
-        raise
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
+    Returns:
+        The name of its folder in ``data.cache_dir``. All jobs of a sweep with the same data get the same, so that a
+        corpus that changes meanwhile does not come between its arms.
+    """
+    key = repr(config.data)
+    if key not in PREPARED:
+        corpus = instantiate(config.data.corpus, "data.corpus", Corpus)
+        try:
+            PREPARED[key] = prepare_for_run(corpus, config.data).folder.name
+        except ConfigError:
+            raise
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+    return PREPARED[key]
 
 
 def plain_config(composed: DictConfig) -> dict[str, Any]:

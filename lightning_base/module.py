@@ -37,6 +37,15 @@ class NonFiniteError(RuntimeError):
         self.place = place
 
 
+def valid_or_none(batch: Mapping[str, Any]) -> Tensor | None:
+    """Which positions are not padding, [B, L]; None if all are.
+
+    The loader says so in ``padded``, where it looked before the batch went to a GPU: a look at it there waits.
+    """
+    padded = batch["padded"] if "padded" in batch else not bool(batch["valid"].all())
+    return batch["valid"] if padded else None
+
+
 class LanguageModel(pl.LightningModule):
     """Trains a language model whose feed-forward layers a router fills.
 
@@ -131,10 +140,9 @@ class LanguageModel(pl.LightningModule):
 
     def forward(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, RoutingPlan]]:
         """Logits [B, L, V] and the plan of each sparse layer."""
-        valid = batch["valid"]
         document = None if self.attend_across_documents else batch["document"]
         try:
-            output = self._forward[0](batch["input_ids"], None if bool(valid.all()) else valid, document)
+            output = self._forward[0](batch["input_ids"], valid_or_none(batch), document)
         except ValueError as error:
             # A solver refuses NaN scores; the user wants to know where they came from.
             self._raise_if_not_finite(batch, error)
@@ -175,15 +183,16 @@ class LanguageModel(pl.LightningModule):
         self._step_sums = {}
         # An explicit step counts the steps done; Lightning's own is one behind in training and not in validation.
         values: dict[str, Any] = {f"train/{name}": value for name, value in reduced.items() if name != "loss"}
-        self.log("train/loss", reduced["loss"], prog_bar=True)
+        self.log("train/loss", reduced["loss"])
         self.log_dict({**values, "train/learning_rate": self._learning_rate(), "step": float(self.global_step)})
 
     def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
         logits, _ = self(batch)
         targets = batch["targets"].flatten()
+        # Chosen from the losses, not from the logits, which are V times as many.
+        nll = F.cross_entropy(logits.flatten(0, 1).float(), targets, ignore_index=IGNORED, reduction="none")
         counted = targets != IGNORED
-        nll = F.cross_entropy(logits.flatten(0, 1).float()[counted], targets[counted], reduction="none")
-        self.validation_loss.update(nll, self.bytes_per_token[targets[counted]])
+        self.validation_loss.update(nll[counted], self.bytes_per_token[targets[counted]])
 
     def on_validation_epoch_end(self) -> None:
         self._log_evaluation("validation")
@@ -240,6 +249,17 @@ class LanguageModel(pl.LightningModule):
             # Before the weights take it up and are saved; with 16-mixed the scaler skips such a step by itself.
             raise NonFiniteError(self._not_finite("The gradient", "in the backward pass, with a finite loss"))
         self.log("train/gradient_norm", norm)
+        self._gradient_norm = norm
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clips to the norm that has just been taken, which Lightning would take again."""
+        if gradient_clip_val is not None:
+            torch.nn.utils.clip_grads_with_norm_(self.parameters(), gradient_clip_val, self._gradient_norm)
 
     def _learning_rate_factor(self, step: int) -> float:
         options = self.optimizer_options
@@ -268,9 +288,8 @@ class LanguageModel(pl.LightningModule):
             return {}
         for part in batch.get("ahead", ()):
             document = None if self.attend_across_documents else part["document"]
-            valid = None if bool(part["valid"].all()) else part["valid"]
             with torch.no_grad():
-                more = step_counts(self._forward[0](part["input_ids"], valid, document).plans)
+                more = step_counts(self._forward[0](part["input_ids"], valid_or_none(part), document).plans)
             counts = {key: count + more[key] for key, count in counts.items()}
         return sum_over_ranks(counts, self._reduce)
 

@@ -57,6 +57,14 @@ class RunDirectory:
         """Puts what went wrong so far into status.json and leaves the rest of it, such as whose process it is."""
         write_json(self.path / "status.json", {**self.status(), "alarms": alarms})
 
+    def prepared_corpus(self) -> str | None:
+        """The folder in ``data.cache_dir`` with the tokens of this job, as the launcher has found or built it."""
+        return read_json(self.path / "corpus.json").get("folder")
+
+    def write_prepared_corpus(self, folder: str) -> None:
+        """Tells every rank, so that none of them reads the corpus to find out."""
+        write_json(self.path / "corpus.json", {"folder": folder})
+
     def write_manifest(self, **fields: Any) -> None:
         """Adds fields to manifest.json."""
         write_json(self.path / "manifest.json", {**self.manifest(), **fields})

@@ -13,9 +13,18 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lightning_base.config import Config, check_devices, read_config
+from lightning_base.distributed.forked import warm_up
 from lightning_base.explain import BAD_INPUT, explain
 from lightning_base.instantiation import ConfigError
-from lightning_base.jobs import check_nodes, check_run_directory, node_rank, plain_config, prepare_data, shown
+from lightning_base.jobs import (
+    RANK_ENTRY,
+    check_nodes,
+    check_run_directory,
+    node_rank,
+    plain_config,
+    prepare_data,
+    shown,
+)
 from lightning_base.run_directory import RunDirectory, write_json
 
 
@@ -26,6 +35,8 @@ class CheckSweep(Callback):
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         # Hydra turns exceptions of callbacks into warnings; only an exit gets through.
+        # It imports what the jobs need while this process checks them.
+        warm_up(RANK_ENTRY)
         try:
             self._check(config)
         except (ConfigError, HydraException, OmegaConfBaseException) as error:

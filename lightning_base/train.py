@@ -1,5 +1,6 @@
 """Trains one arm: what every rank runs, ``python -m lightning_base.train RUN_DIRECTORY``."""
 
+import ctypes
 import logging
 import os
 import random
@@ -7,10 +8,11 @@ import sys
 import time
 import traceback
 import warnings
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import pytorch_lightning as pl
@@ -63,7 +65,7 @@ def run(config: Config, directory: Path) -> Result:
     resume = checkpoint.newest(job.checkpoints)
     resumed_step = int(resume.stem.split("_")[1]) if resume else None
 
-    data = build_data(config)
+    data = build_data(config, job.prepared_corpus())
     module = build_module(config)
     module.last_checkpoint = str(resume) if resume else None
     every = config.trainer.log_every_n_steps
@@ -121,14 +123,20 @@ def run(config: Config, directory: Path) -> Result:
     return Result("done", directory, metrics)
 
 
-def build_data(config: Config) -> TextDataModule:
-    """The data of a run; nothing is read yet."""
+def build_data(config: Config, prepared: str | None = None) -> TextDataModule:
+    """The data of a run; nothing is read yet.
+
+    Args:
+        config: of the run.
+        prepared: the name of the corpus's folder in ``data.cache_dir``, if it is known, so that nobody looks again.
+    """
     options = {key: value for key, value in asdict(config.data).items() if key != "corpus"}
     return TextDataModule(
         instantiate(config.data.corpus, "data.corpus", Corpus),
         seed=config.seed,
         num_steps=config.trainer.max_steps,
         accumulation=config.trainer.accumulate_grad_batches,
+        prepared=prepared,
         **options,
     )
 
@@ -222,6 +230,18 @@ def hyperparameters(config: Config) -> dict[str, Any]:
     }
 
 
+def keep_freed_memory() -> None:
+    """Lets the C library keep what is freed instead of giving it back to the system and fetching it anew at every step.
+
+    Every tensor above 32 MiB would otherwise be mapped, zeroed page by page and unmapped each time.
+    """
+    trim_threshold, mmap_max = -1, -4  # names of malloc.h
+    with suppress(AttributeError):  # glibc has it
+        libc = ctypes.CDLL(None)
+        libc.mallopt(mmap_max, 0)
+        libc.mallopt(trim_threshold, 2**31 - 1)
+
+
 def quiet() -> None:
     """Turns off Lightning's announcements, and its warnings that advise against what this program does on purpose."""
     for name in ("pytorch_lightning", "lightning.pytorch", "lightning_fabric"):
@@ -229,6 +249,7 @@ def quiet() -> None:
     for message in (
         ".*It is recommended to use `self.log.*sync_dist=True.*",  # our metrics are synchronised already
         ".*does not have many workers.*",
+        ".*number of training batches .* is smaller than the logging interval.*",
         ".*Checkpoint directory .* exists and is not empty.*",
         ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*",
         ".*GPU available but not used.*",
@@ -239,6 +260,7 @@ def quiet() -> None:
 def main(directory: Path) -> int:
     """One rank of a job; gives the exit code. A failure is written to a file before anything can hang."""
     quiet()
+    keep_freed_memory()
     job = RunDirectory(directory)
     rank = int(os.environ.get("RANK", 0))
     try:
@@ -267,14 +289,19 @@ def write_failure(job: RunDirectory, rank: int, error: BaseException) -> None:
     )
 
 
-if __name__ == "__main__":
+def rank(directory: Path) -> NoReturn:
+    """One rank of a job in a process of its own, which ends with it."""
     code = 1
-    die_with_parent()
     try:
-        code = main(Path(sys.argv[1]))
+        code = main(directory)
     except BaseException:
         traceback.print_exc()
     sys.stdout.flush()
     sys.stderr.flush()
     # Not sys.exit: with another rank gone, tearing down the process group may wait for it.
     os._exit(code)
+
+
+if __name__ == "__main__":
+    die_with_parent()
+    rank(Path(sys.argv[1]))

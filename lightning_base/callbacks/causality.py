@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lightning_base.callbacks.metrics_csv import start_csv
 from lightning_base.metrics.causality import causal_leak, drops_by_position
-from lightning_base.module import LanguageModel
+from lightning_base.module import LanguageModel, valid_or_none
 from lightning_base.routing.plan import RoutingGroups, RoutingPlan
 
 RouterInput = tuple[Tensor, Tensor, RoutingGroups]
@@ -105,7 +105,7 @@ def router_inputs(module: LanguageModel, batch: Mapping[str, Tensor]) -> dict[st
     document = None if module.attend_across_documents else batch["document"]
     try:
         with torch.no_grad():
-            module.model(batch["input_ids"], None if bool(batch["valid"].all()) else batch["valid"], document)
+            module.model(batch["input_ids"], valid_or_none(batch), document)
     finally:
         for hook in hooks:
             hook.remove()

@@ -6,7 +6,6 @@ from typing import Any
 import psutil
 import pytorch_lightning as pl
 import torch
-from torch import Tensor
 
 
 class TrainingClock(pl.Callback):
@@ -26,27 +25,36 @@ class TrainingClock(pl.Callback):
         self._started: float | None = None
         self._window_seconds, self._window_tokens, self._window_steps = 0.0, 0, 0
         self._peak = 0.0
+        self._step = 0
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         self._started = time.perf_counter()
+        self._step = trainer.global_step + 1
+        if self._logs(self._step) and pl_module.device.type == "cuda":
+            # What is left of the steps before: a logged step is measured by itself.
+            torch.cuda.synchronize(pl_module.device)
+            left, self._started = time.perf_counter() - self._started, time.perf_counter()
+            self.seconds += left
+            self._window_seconds += left
 
     def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: dict[str, Tensor], batch_idx: int
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: dict[str, Any], batch_idx: int
     ) -> None:
         assert self._started is not None
-        if pl_module.device.type == "cuda":
+        if self._logs(self._step) and pl_module.device.type == "cuda":
+            # Around logged steps only: the host stands still meanwhile.
             torch.cuda.synchronize(pl_module.device)
         self.taken = time.perf_counter() - self._started
         self.seconds += self.taken
         self._window_seconds += self.taken
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
-        self._window_tokens += int(batch["step_targets"].reshape(-1)[0])
+        self._window_tokens += batch["targets_of_step"]
         self._window_steps += 1
         step = trainer.global_step
-        if step % self.log_every_n_steps and step != 1:
+        if not self._logs(step):
             return
         values = {
             "train/step_time": self._window_seconds / self._window_steps,
@@ -56,6 +64,9 @@ class TrainingClock(pl.Callback):
         for logger in trainer.loggers:
             logger.log_metrics(values, step)
         self._window_seconds, self._window_tokens, self._window_steps = 0.0, 0, 0
+
+    def _logs(self, step: int) -> bool:
+        return step % self.log_every_n_steps == 0 or step == 1
 
     def _memory(self, device: torch.device) -> float:
         if device.type == "cuda":

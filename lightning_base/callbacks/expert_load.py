@@ -45,6 +45,8 @@ class ExpertLoadLogger(pl.Callback):
         self.log_every_n_steps = log_every_n_steps
         self.path, self.resumed_step = None if path is None else Path(path), resumed_step
         self.totals = {"tokens": 0, "assignments": 0, "dropped": 0}
+        self._asked: Tensor | None = None
+        self._kept = 0
         # By stage: validation may come between two micro batches of a step.
         self.metrics: dict[str, ExpertLoad] = {}
         self._steps_before = 0
@@ -64,9 +66,8 @@ class ExpertLoadLogger(pl.Callback):
     ) -> None:
         plans = plans_of(pl_module)
         for plan in plans.values():
-            asked = int(plan.asked)
-            self.totals["assignments"] += asked
-            self.totals["dropped"] += asked - len(plan.token_index)
+            self._asked = plan.asked if self._asked is None else self._asked + plan.asked
+            self._kept += len(plan.token_index)
         self.totals["tokens"] += next(iter(plans.values())).num_tokens
         # The step in progress: global_step moves only with the last micro batch.
         step = self._steps_before + 1
@@ -156,6 +157,12 @@ class ExpertLoadLogger(pl.Callback):
 
     def combined_totals(self) -> dict[str, int]:
         """Tokens, assignments and dropped assignments over all ranks; every rank has to ask."""
+        if self._asked is not None:
+            # Added up where the plans are: to ask in every step would make the host wait for a GPU.
+            asked, self._asked = int(self._asked), None
+            self.totals["assignments"] += asked
+            self.totals["dropped"] += asked - self._kept
+            self._kept = 0
         parts: list[Any] = [self.totals]
         if dist.is_available() and dist.is_initialized():
             parts = [None] * dist.get_world_size()

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import TQDMProgressBar
@@ -11,6 +11,17 @@ from pytorch_lightning.callbacks.progress.tqdm_progress import Tqdm
 from lightning_base.callbacks.alarms import Alarms
 from lightning_base.module import LanguageModel
 from lightning_base.run_directory import RunDirectory, read_json
+
+# How often the bar looks at what takes time to see.
+LOOK_SECONDS = 1.0
+
+
+class Others(NamedTuple):
+    """The other arms of a sweep: how long those that are done took, their number, and how many are to come."""
+
+    seconds: float
+    done: int
+    ahead: int
 
 
 class ArmProgressBar(TQDMProgressBar):
@@ -26,6 +37,9 @@ class ArmProgressBar(TQDMProgressBar):
         self.labels: dict[str, str] = read_json(run.path.parent / "sweep.json").get("jobs", {})
         self.jobs = list(self.labels)
         self._began = time.time()
+        self._looked_at = -LOOK_SECONDS
+        self._loss: dict[str, float] = {}
+        self._others = Others(0.0, 0, 0)
 
     def arm(self) -> str:
         """Which arm of how many this is."""
@@ -42,13 +56,24 @@ class ArmProgressBar(TQDMProgressBar):
         own = elapsed * (total - done) / done
         if self.run.path.name not in self.jobs:
             return own
-        others = [RunDirectory(self.run.path.parent / job).status() for job in self.jobs]
-        finished = [status["seconds"] for status in others if status.get("state") == "done"]
-        waiting = len(self.jobs) - self.jobs.index(self.run.path.name) - 1
-        ahead = self.jobs[len(self.jobs) - waiting :]
-        unfinished = sum(RunDirectory(self.run.path.parent / job).status().get("state") != "done" for job in ahead)
-        each = sum(finished) / len(finished) if finished else elapsed * total / done
-        return own + unfinished * each
+        others = self._others
+        each = others.seconds / others.done if others.done else elapsed * total / done
+        return own + others.ahead * each
+
+    def _look(self, trainer: pl.Trainer) -> None:
+        """Once in a while: the loss, for which a GPU has to be waited for, and the files of the other arms."""
+        now = time.monotonic()
+        if now - self._looked_at < LOOK_SECONDS:
+            return
+        self._looked_at = now
+        loss = trainer.callback_metrics.get("train/loss")
+        self._loss = {} if loss is None else {"train": float(loss)}
+        if self.run.path.name in self.jobs:
+            states = {job: RunDirectory(self.run.path.parent / job).status() for job in self.jobs}
+            finished = [status["seconds"] for status in states.values() if status.get("state") == "done"]
+            later = self.jobs[self.jobs.index(self.run.path.name) + 1 :]
+            ahead = sum(states[job].get("state") != "done" for job in later)
+            self._others = Others(sum(finished), len(finished), ahead)
 
     def init_train_tqdm(self) -> Tqdm:
         bar = super().init_train_tqdm()
@@ -82,6 +107,7 @@ class ArmProgressBar(TQDMProgressBar):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        self._look(trainer)
         if self.jobs:
             left = self.seconds_left(batch_idx + 1, int(trainer.num_training_batches))
             if left is not None:
@@ -97,7 +123,8 @@ class ArmProgressBar(TQDMProgressBar):
 
     def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
         metrics = super().get_metrics(trainer, pl_module)
-        shown = {name.replace("/loss", ""): value for name, value in metrics.items() if name != "v_num"}
+        others = {name.replace("/loss", ""): value for name, value in metrics.items() if name != "v_num"}
+        shown = {**self._loss, **others}
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
         ringing = [name for callback in callbacks if isinstance(callback, Alarms) for name in callback.active]
         return {**shown, "ALARM": "+".join(ringing)} if ringing else shown

@@ -42,13 +42,18 @@ class Preemption(pl.Callback):
     ) -> None:
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
-        # Ranks are signalled at different moments; they have to stop at the same step.
-        flag = torch.tensor(float(self.requested), device=trainer.strategy.root_device)
-        if not float(trainer.strategy.reduce(flag, reduce_op="sum")):
+        if not self._requested_of_any(trainer):
             return
         assert isinstance(pl_module, LanguageModel)
         save(trainer, pl_module, self.run, self.keep)
         self.saved = True
+
+    def _requested_of_any(self, trainer: pl.Trainer) -> bool:
+        """Ranks are signalled at different moments; they have to stop at the same step."""
+        if trainer.world_size == 1:
+            return self.requested
+        flag = torch.tensor(float(self.requested), device=trainer.strategy.root_device)
+        return bool(trainer.strategy.reduce(flag, reduce_op="sum"))
 
     def _request(self, number: int, frame: FrameType | None) -> None:
         self.requested = True

@@ -14,6 +14,7 @@ _HOME = {
     "TextFiles": "text",
     "HuggingFace": "huggingface",
     "prepare": "preparation",
+    "prepare_for_run": "preparation",
     "PreparedCorpus": "prepared",
     "TokenSplit": "prepared",
     "SequenceDataset": "sequences",

@@ -2,16 +2,35 @@
 
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytorch_lightning as pl
+import torch
 
-from lightning_base.data.corpus import Corpus, CorpusError
+from lightning_base.data.corpus import Corpus
 from lightning_base.data.evaluation import EvaluationSampler
 from lightning_base.data.loader import TokenLoader, TrainingLoader
 from lightning_base.data.order import GlobalBatchSampler, check_batch
-from lightning_base.data.preparation import prepare
+from lightning_base.data.preparation import prepare_for_run
 from lightning_base.data.prepared import PreparedCorpus
 from lightning_base.data.sequences import SequenceDataset, check_sequences
+
+
+def with_host_values(batch: dict[str, Any]) -> dict[str, Any]:
+    """A batch with what is looked at in every step, and would make the host wait if it were looked at on a GPU.
+
+    `padded`, whether any position is padding; in training `targets_of_step`, the number of targets in the whole global
+    batch; and `rows` [b, 2L], inputs and targets as a numpy array, which no transfer moves.
+    """
+    rows = torch.cat([batch["input_ids"], batch["targets"]], 1).numpy()
+    ahead = {"ahead": [part | {"padded": is_padded(part)} for part in batch["ahead"]]} if "ahead" in batch else {}
+    counts = {"targets_of_step": int(batch["step_targets"])} if "step_targets" in batch else {}
+    return batch | {"padded": is_padded(batch), "rows": rows} | counts | ahead
+
+
+def is_padded(batch: dict[str, Any]) -> bool:
+    """Whether any position of a batch is padding."""
+    return not bool(batch["valid"].all())
 
 
 class TextDataModule(pl.LightningDataModule):
@@ -36,6 +55,7 @@ class TextDataModule(pl.LightningDataModule):
         seed: of the order of training sequences.
         num_steps: optimizer steps in the whole run.
         accumulation: micro batches per step and rank.
+        prepared: the name of the corpus's folder in `cache_dir`, if it has been prepared already.
 
     Attributes:
         prepared: the `PreparedCorpus`, after `prepare_data` or `setup`.
@@ -63,6 +83,7 @@ class TextDataModule(pl.LightningDataModule):
         seed: int,
         num_steps: int,
         accumulation: int = 1,
+        prepared: str | None = None,
     ) -> None:
         super().__init__()
         check_sequences(sequence_length, packing)
@@ -81,6 +102,7 @@ class TextDataModule(pl.LightningDataModule):
         self.seed = seed
         self.num_steps = num_steps
         self.accumulation = accumulation
+        self.prepared_folder = prepared
         self.prepared = None
 
     @property
@@ -101,14 +123,10 @@ class TextDataModule(pl.LightningDataModule):
         """
         if self.prepared is not None:
             return
-        prepared = prepare(
-            self.corpus,
-            vocab_size=self.vocab_size,
-            validation_fraction=self.validation_fraction,
-            cache_dir=self.cache_dir,
-        )
-        self._check_size(prepared)
-        self.prepared = prepared
+        if self.prepared_folder is not None:
+            self.prepared = PreparedCorpus(self.cache_dir.resolve() / self.prepared_folder)
+        else:
+            self.prepared = prepare_for_run(self.corpus, self)
 
     def setup(self, stage: str | None = None) -> None:
         """Opens the cache; only the first rank of each node has read the corpus to find it.
@@ -148,6 +166,10 @@ class TextDataModule(pl.LightningDataModule):
         """The whole validation split."""
         return self._evaluation_loader(None)
 
+    def on_before_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
+        """Looks at a batch as long as it is on the host."""
+        return with_host_values(batch)
+
     def training_sequences(self) -> SequenceDataset:
         """The training split as sequences."""
         return self._sequences(self._opened(), training=True)
@@ -178,19 +200,3 @@ class TextDataModule(pl.LightningDataModule):
         if self.prepared is None:
             raise RuntimeError("the data is not prepared yet: call setup() first.")
         return self.prepared
-
-    def _check_size(self, prepared: PreparedCorpus) -> None:
-        sequences = len(self._sequences(prepared, training=True))
-        if sequences < self.global_batch:
-            raise CorpusError(
-                f"data.corpus is too small: it makes {sequences} training sequences of data.sequence_length="
-                f"{self.sequence_length}, and data.global_batch={self.global_batch} asks for more: "
-                "give more text, shorter sequences or a smaller batch."
-            )
-        tokens = len(prepared.validation.tokens)
-        if tokens < self.sequence_length:
-            raise CorpusError(
-                f"data.corpus is too small: data.validation_fraction={self.validation_fraction} leaves {tokens} tokens "
-                f"to validate on, less than one sequence of data.sequence_length={self.sequence_length}: "
-                "give more text, shorter sequences or a larger fraction."
-            )

@@ -4,13 +4,63 @@ import hashlib
 import json
 import sys
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 from lightning_base.data.cache import build_once
 from lightning_base.data.corpus import Corpus, CorpusError
 from lightning_base.data.encode import write_corpus
 from lightning_base.data.prepared import FORMAT, PreparedCorpus
+from lightning_base.data.sequences import SequenceDataset, check_sequences
 from lightning_base.data.survey import Reader, choose_split, survey
 from lightning_base.data.tokenizer import SMALLEST_VOCABULARY, untrained_tokenizer
+
+
+@runtime_checkable
+class RunSettings(Protocol):
+    """What decides whether a corpus is enough for a run: the options of ``conf/data/``."""
+
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def validation_fraction(self) -> float: ...
+    @property
+    def cache_dir(self) -> str | Path: ...
+    @property
+    def sequence_length(self) -> int: ...
+    @property
+    def packing(self) -> str: ...
+    @property
+    def global_batch(self) -> int: ...
+
+
+def prepare_for_run(corpus: Corpus, run: RunSettings) -> PreparedCorpus:
+    """``prepare``, with a check that there is enough text for one training batch and one validation sequence.
+
+    Raises:
+        CorpusError: the corpus or the settings cannot be used, in one sentence that names the key.
+    """
+    check_sequences(run.sequence_length, run.packing)
+    prepared = prepare(
+        corpus,
+        vocab_size=run.vocab_size,
+        validation_fraction=run.validation_fraction,
+        cache_dir=run.cache_dir,
+    )
+    sequences = len(SequenceDataset(prepared.train, run.sequence_length, run.packing, drop_last=True))
+    if sequences < run.global_batch:
+        raise CorpusError(
+            f"data.corpus is too small: it makes {sequences} training sequences of data.sequence_length="
+            f"{run.sequence_length}, and data.global_batch={run.global_batch} asks for more: "
+            "give more text, shorter sequences or a smaller batch."
+        )
+    tokens = len(prepared.validation.tokens)
+    if tokens < run.sequence_length:
+        raise CorpusError(
+            f"data.corpus is too small: data.validation_fraction={run.validation_fraction} leaves {tokens} tokens "
+            f"to validate on, less than one sequence of data.sequence_length={run.sequence_length}: "
+            "give more text, shorter sequences or a larger fraction."
+        )
+    return prepared
 
 
 def prepare(

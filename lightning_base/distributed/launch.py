@@ -10,10 +10,11 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
+from typing import Protocol, runtime_checkable
 
 import psutil
 
@@ -25,7 +26,7 @@ PREEMPTED = 128 + signal.SIGTERM
 
 
 def command(run_directory: Path, *, devices: int, num_nodes: int, entry: str) -> list[str]:
-    """The command line of a job.
+    """The command line of a job of several ranks.
 
     Args:
         run_directory: holds ``.hydra/config.yaml``.
@@ -34,8 +35,6 @@ def command(run_directory: Path, *, devices: int, num_nodes: int, entry: str) ->
         entry: the module each rank runs.
     """
     ranks = ["-m", entry, str(run_directory)]
-    if devices * num_nodes == 1:
-        return [sys.executable, *ranks]
     if num_nodes == 1:
         where = ["--nnodes=1", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
     else:
@@ -50,14 +49,27 @@ def command(run_directory: Path, *, devices: int, num_nodes: int, entry: str) ->
     return [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={devices}", *where, *ranks]
 
 
-def launch(arguments: list[str]) -> tuple[int, bool]:
+@runtime_checkable
+class Root(Protocol):
+    """The first process of a tree, the leader of a session of its own: a ``subprocess.Popen``, or a forked rank."""
+
+    @property
+    def pid(self) -> int: ...
+
+    def wait(self, timeout: float | None = None) -> int: ...
+
+
+def launch(start: list[str] | Callable[[], Root]) -> tuple[int, bool]:
     """Runs a process tree to its end; a signal to this process ends the tree first.
+
+    Args:
+        start: the command line of the tree's first process, or what starts that process.
 
     Returns:
         The tree's exit code, and whether this process was asked to stop by SIGTERM meanwhile.
     """
     with tempfile.TemporaryDirectory(prefix="lightning_base_", ignore_cleanup_errors=True) as logs:
-        child = subprocess.Popen(arguments, start_new_session=True, preexec_fn=die_with_parent, env=_environment(logs))
+        child = start() if callable(start) else _popen(start, logs)
         seen: set[psutil.Process] = set()
         try:
             with _forward_signals(child) as received:
@@ -74,6 +86,10 @@ def die_with_parent() -> None:
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
 
 
+def _popen(arguments: list[str], logs: str) -> Root:
+    return subprocess.Popen(arguments, start_new_session=True, preexec_fn=die_with_parent, env=_environment(logs))
+
+
 def _environment(logs: str) -> dict[str, str]:
     # torchrun would set the first itself with a warning; each rank sets its threads from the configuration. Threads
     # that sleep at a barrier instead of spinning cost a tenth on a quiet machine and save a factor of five on a busy
@@ -83,7 +99,7 @@ def _environment(logs: str) -> dict[str, str]:
 
 
 @contextmanager
-def _forward_signals(child: subprocess.Popen) -> Iterator[list[int]]:
+def _forward_signals(child: Root) -> Iterator[list[int]]:
     """While inside, SIGTERM and SIGINT reach the whole tree, and the second one kills it."""
     received: list[int] = []
 
@@ -108,7 +124,7 @@ def _forward_signals(child: subprocess.Popen) -> Iterator[list[int]]:
         raise KeyboardInterrupt
 
 
-def _wait(child: subprocess.Popen, seen: set[psutil.Process]) -> int:
+def _wait(child: Root, seen: set[psutil.Process]) -> int:
     """Waits for the root's end and remembers in ``seen`` who belonged to its tree: orphans tell nobody where from."""
     while True:
         seen.update(_descendants(child.pid))
@@ -116,11 +132,14 @@ def _wait(child: subprocess.Popen, seen: set[psutil.Process]) -> int:
             return child.wait(timeout=LOOK_SECONDS)
 
 
-def _signal_group(child: subprocess.Popen, number: int) -> None:
+def _signal_group(child: Root, number: int) -> None:
     # torchrun puts its workers into sessions of their own: it passes SIGTERM on to them, but cannot pass on SIGKILL.
     workers = _descendants(child.pid) if number == signal.SIGKILL else []
     with suppress(ProcessLookupError):  # it may have ended meanwhile
-        os.killpg(child.pid, number)
+        try:
+            os.killpg(child.pid, number)
+        except ProcessLookupError:  # or have been forked just now, and lead no group yet
+            os.kill(child.pid, number)
     _kill(workers)
 
 
@@ -137,7 +156,7 @@ def _descendants(pid: int) -> list[psutil.Process]:
         return []
 
 
-def _end_group(child: subprocess.Popen, seen: set[psutil.Process]) -> None:
+def _end_group(child: Root, seen: set[psutil.Process]) -> None:
     """Kills whatever of the tree outlived its root: the process group is the job's own."""
     _signal_group(child, signal.SIGKILL)
     _kill(seen)
