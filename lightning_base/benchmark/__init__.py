@@ -1,0 +1,1 @@
+"""What is promised about speed, measured: ``python experiments/benchmark.py``. Top layer: nothing imports it."""

@@ -1,0 +1,105 @@
+"""The program behind ``experiments/benchmark.py``."""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lightning_base import train
+from lightning_base.assignment import benchmark as assignment
+from lightning_base.benchmark import data, harness, layer, solver, start, step, table
+from lightning_base.benchmark.check import missing, regressions
+from lightning_base.benchmark.machine import machine, machine_line
+from lightning_base.benchmark.record import Form, Record
+
+SUBJECTS = {"layer": layer, "step": step, "harness": harness, "start": start, "data": data, "assignment": solver}
+SHORTEST = ("layer", "harness")
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+BASELINE = DOCS / "benchmark_baseline.json"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measures, shows and keeps; gives 1 if a check finds that something got worse."""
+    given = parser().parse_args(arguments)
+    if given.subject == "assignment" and given.figure is not None:
+        from lightning_base.assignment.figure import draw
+
+        draw(given.figure)
+        return 0
+    if given.subject == "assignment" and given.form == "full":
+        assignment.print_growth()
+    if given.subject == "page":
+        from lightning_base.benchmark.page import write
+
+        if given.json is None:
+            raise SystemExit("error: say of which run: page --json FILE")
+        write(DOCS / "performance.md", json.loads(given.json.read_text()))
+        BASELINE.write_text(given.json.read_text())
+        return 0
+    result = run(given.subject, given.form, compiled=given.compile, keep_memory=given.keep_memory)
+    print(table.whole(result["records"]))
+    if given.json is not None:
+        given.json.parent.mkdir(parents=True, exist_ok=True)
+        given.json.write_text(json.dumps(result, indent=1) + "\n")
+    return compare(result, given.form) if given.check else 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    asked = argparse.ArgumentParser(prog="experiments/benchmark.py", description="Measures what is promised.")
+    asked.add_argument("subject", choices=["all", *SUBJECTS, "page"])
+    forms = asked.add_mutually_exclusive_group()
+    for form, tells in (
+        ("quick", "the short form: all subjects in about ten minutes"),
+        ("shortest", "less than a minute: only to see that nothing is grossly worse"),
+    ):
+        forms.add_argument(f"--{form}", dest="form", action="store_const", const=form, default="full", help=tells)
+    asked.add_argument("--compile", action="store_true", help="layer and step: also through torch.compile")
+    asked.add_argument("--keep-memory", action="store_true", help="layer: freed memory is kept, as in training runs")
+    asked.add_argument("--check", action="store_true", help=f"compare the ratios with {BASELINE.name}")
+    asked.add_argument("--json", type=Path, help="keep the records here; `page` makes page and baseline from them")
+    asked.add_argument("--figure", type=Path, help="assignment: draw its figure here, and measure nothing")
+    return asked
+
+
+def run(subject: str, form: Form, *, compiled: bool, keep_memory: bool = False) -> dict[str, Any]:
+    """The records of one subject or of all, and of what machine they are."""
+    names = [subject] if subject != "all" else list(SHORTEST) if form == "shortest" else list(SUBJECTS)
+    before = machine()
+    print(machine_line(before), file=sys.stderr)
+    records: list[Record] = []
+    began = time.time()
+    for name in names:
+        torch.set_num_threads(before["cores"])
+        if name != "layer" or keep_memory:
+            train.keep_freed_memory()  # as the program runs; a layer alone is measured as in anyone's program
+        records += SUBJECTS[name].records(form, compiled)
+        print(f"{name}: {time.time() - began:.0f} s since the start", file=sys.stderr)
+    after = {"load_average_after": machine()["load_average"]}
+    return {
+        "machine": {**before, **after},
+        "form": form,
+        "subjects": names,
+        "keep_memory": keep_memory,
+        "records": records,
+    }
+
+
+def compare(result: dict[str, Any], form: Form) -> int:
+    """Says what is worse than in the baseline by more than noise; 1 if anything is."""
+    baseline = json.loads(BASELINE.read_text())
+    gone = [] if form == "shortest" else missing(result["records"], baseline["records"], result["subjects"])
+    worse = regressions(result["records"], baseline["records"], gross=form == "shortest")
+    print(f"\nbaseline: {machine_line(baseline['machine'])}")
+    for name in gone:
+        print(f"not measured any more: {name}")
+    for change in worse:
+        print(f"worse: {change}")
+    if not worse:
+        print("nothing is worse than the noise explains")
+    return 1 if worse else 0

@@ -1,0 +1,71 @@
+"""Times that can be compared on a noisy machine: all methods in turn, round after round, and ratios within a round.
+
+Shapes: R rounds.
+"""
+
+import random
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float64
+from numpy import ndarray
+from tqdm import tqdm
+
+Method = Callable[[], object]
+Seconds = dict[str, Float64[ndarray, " R"]]  # by method
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A median and the quartiles around it."""
+
+    median: float
+    low: float
+    high: float
+
+
+def spread(values_R: Float64[ndarray, " R"]) -> Spread:
+    """Median and quartiles."""
+    low, middle, high = np.quantile(values_R, (0.25, 0.5, 0.75))
+    return Spread(float(middle), float(low), float(high))
+
+
+def interleaved(
+    methods: Mapping[str, Method], *, rounds: int, seconds: float, device: torch.device | str = "cpu", title: str = ""
+) -> Seconds:
+    """Seconds of each method in each round; in every round each method runs once, in another order.
+
+    What disturbs the machine for longer than a round disturbs all methods alike, so that ratios within a round keep
+    their meaning when times do not.
+
+    Args:
+        methods: by name; each runs once beforehand, untimed.
+        rounds: R, at most.
+        seconds: no further round begins after this time; at least three do.
+        device: what is waited for before the clock is read.
+        title: of the progress bar.
+    """
+    order, draw = list(methods), random.Random(0)
+    for method in methods.values():
+        method()
+    taken: dict[str, list[float]] = {name: [] for name in order}
+    began = time.perf_counter()
+    for done in tqdm(range(rounds), desc=title, leave=False, disable=None):
+        if done >= 3 and time.perf_counter() - began > seconds:
+            break
+        draw.shuffle(order)
+        for name in order:
+            start = now(device)
+            methods[name]()
+            taken[name].append(now(device) - start)
+    return {name: np.array(times) for name, times in taken.items()}
+
+
+def now(device: torch.device | str) -> float:
+    """Seconds on a monotonic clock, once the device has done all it was given."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
