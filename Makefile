@@ -11,20 +11,29 @@ RUNS ?= runs
 .PHONY: help
 help:  ## This list
 	@echo "make experiment                        the comparison: dense, BASE, Switch and top-k, then the report"
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-33s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-33s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
 	@echo "experiments: $(patsubst conf/experiment/%.yaml,%,$(wildcard conf/experiment/*.yaml))"
 	@echo "routers:     $(patsubst conf/router/%.yaml,%,$(wildcard conf/router/*.yaml))"
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v <= (3, 13) else "error: PYTHON=$(PYTHON) is Python %d.%d; make PYTHON=python3.11 (or 3.12, 3.13) would do" % v)'
-	@echo "setting up $(VENV), once"
+	@echo "setting up $(VENV), once: about a minute, most of it for unpacking and compiling torch"
 	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	@touch $@
+
+# Training needs none of what tests and benchmarks do.
+$(VENV)/installed-dev: $(VENV)/installed
+	@echo "adding to $(VENV) what tests and benchmarks need, once"
 	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,bench]'
 	@touch $@
 
 .PHONY: setup
-setup: $(VENV)/installed  ## Makes .venv from constraints.txt
+setup: $(VENV)/installed  ## Makes .venv from constraints.txt, with what training needs
+
+.PHONY: setup-dev
+setup-dev: $(VENV)/installed-dev  ## The same with what tests, checks and benchmarks need
 
 .PHONY: experiment
 experiment: setup  ## EXPERIMENT=name ARGS="key=value ..." FRESH=1 to start over: runs conf/experiment/name.yaml
@@ -54,22 +63,34 @@ tensorboard: setup  ## Shows all runs at http://localhost:6006
 	@$(BIN)/tensorboard --logdir $(RUNS)
 
 .PHONY: benchmark
-benchmark: setup  ## The solvers against their peers
-	@$(BIN)/python experiments/benchmark.py assignment
+benchmark: setup-dev  ## Layer, step, harness, start, data and solver, the short form: about ten minutes on two cores
+	@$(BIN)/python experiments/benchmark.py all --quick --json $(RUNS)/benchmark.json $(ARGS)
+
+.PHONY: benchmark-check
+benchmark-check: setup-dev  ## The same, and names the ratios that are worse than in docs/benchmark_baseline.json
+	@$(BIN)/python experiments/benchmark.py all --quick --check --json $(RUNS)/benchmark.json $(ARGS)
 
 .PHONY: test
-test: setup  ## The whole test suite
-	@$(BIN)/python -m pytest $(ARGS)
+test: setup-dev  ## The tests in their short form, minutes on two cores
+	@$(BIN)/python -m pytest -n 2 -m "not exhaustive" $(ARGS)
+
+.PHONY: test-all
+test-all: setup-dev  ## The tests with their long forms too; ARGS="-m exhaustive" for these alone
+	@$(BIN)/python -m pytest -n 2 $(ARGS)
+
+.PHONY: mutations
+mutations: setup-dev  ## Breaks the code in a copy, one fault at a time: the short form has to find each
+	@$(BIN)/python tests/mutations $(ARGS)
 
 .PHONY: check
-check: setup  ## Format, lint, types, import layers
+check: setup-dev  ## Format, lint, types, import layers
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
 
 .PHONY: format
-format: setup  ## Formats the code
+format: setup-dev  ## Formats the code
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
 

@@ -8,8 +8,10 @@ import sys
 import sysconfig
 from pathlib import Path
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-TRAIN = [sys.executable, str(REPOSITORY / "experiments" / "train.py")]
+import forks
+from forks import REPOSITORY
+
+TRAIN = REPOSITORY / "experiments" / "train.py"
 
 
 def small_corpus(folder: Path) -> list[str]:
@@ -34,22 +36,46 @@ def small_corpus(folder: Path) -> list[str]:
 
 
 def command(*arguments: str) -> list[str]:
-    """The command line with ``-m`` in front, where Hydra wants it."""
+    """The arguments of Python with ``-m`` in front, where Hydra wants it."""
     flags = [argument for argument in arguments if argument.startswith("-")]
-    return [*TRAIN, *flags, *(argument for argument in arguments if not argument.startswith("-"))]
+    return [str(TRAIN), *flags, *(argument for argument in arguments if not argument.startswith("-"))]
 
 
-def train(*arguments: str, timeout: float = 240) -> subprocess.CompletedProcess:
-    """Runs ``experiments/train.py`` to its end."""
+def train(*arguments: str, timeout: float = 240, routers: Path | None = None) -> subprocess.CompletedProcess:
+    """Runs ``experiments/train.py`` to its end, in a process that has imported torch and Lightning already.
+
+    Args:
+        arguments: as on the command line.
+        timeout: in seconds.
+        routers: a folder with modules that are to be in ``lightning_base.routing``, and with their ``router/*.yaml``.
+    """
+    if routers is None:
+        return forks.run(command(*arguments), timeout=timeout)
+    added = f"import runpy, sys, lightning_base.routing as r; r.__path__.append({str(routers)!r}); del sys.argv[0]; "
+    more = command(*arguments, f"hydra.searchpath=[file://{routers}]")
+    return forks.run(["-c", added + "runpy.run_path(sys.argv[0], run_name='__main__')", *more], timeout=timeout)
+
+
+def train_anew(*arguments: str, timeout: float = 240) -> subprocess.CompletedProcess:
+    """The same as a user starts it: a new interpreter."""
     return subprocess.run(
-        command(*arguments), capture_output=True, text=True, timeout=timeout, env=environment(), cwd=REPOSITORY
+        [sys.executable, *command(*arguments)],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env=environment(),
+        cwd=REPOSITORY,
     )
+
+
+def start(*arguments: str) -> forks.Forked:
+    """Begins ``experiments/train.py``."""
+    return forks.Forked(command(*arguments))
 
 
 def environment() -> dict[str, str]:
     """This process's environment without what a test runner or a launcher may have left in it."""
-    dropped = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    return {key: value for key, value in os.environ.items() if key not in dropped}
+    return forks.plain_environment()
 
 
 def jobs(runs_dir: Path, name: str = "debug") -> dict[str, Path]:
@@ -75,8 +101,8 @@ def series(directory: Path, name: str) -> list[tuple[int, float]]:
 
 
 def processes_of(directory: Path) -> list[str]:
-    """Command lines of living processes that mention a directory."""
-    found = []
+    """Command lines of living processes that mention a directory, or that came of a fork and should be gone."""
+    found = [f"forked {process.pid}" for process in forks.descendants()]
     for process in Path("/proc").glob("[0-9]*"):
         try:
             line = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")

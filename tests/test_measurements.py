@@ -5,8 +5,13 @@ from pathlib import Path
 
 import program
 import pytest
+import torch
+import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+
+from lightning_base.config import read_config
+from lightning_base.train import build_module
 
 EXPERTS = 4
 STEPS = ("trainer.max_steps=4", "trainer.log_every_n_steps=2", "trainer.validate_every_n_steps=4")
@@ -52,6 +57,13 @@ def runs(small_corpus: list[str], tmp_path_factory: pytest.TempPathFactory) -> d
             found[name if name == "two_ranks" else router] = path
     assert set(found) == {"base", "uniform", "skewed", "switch", "two_ranks"}
     return found
+
+
+def test_the_model_of_a_run_routes_in_the_groups_that_are_configured(runs: dict[str, Path]) -> None:
+    module = build_module(read_config(yaml.safe_load((runs["base"] / ".hydra" / "config.yaml").read_text())))
+    ids = torch.zeros(16, 32, dtype=torch.int64)
+    _, plans = module({"input_ids": ids, "valid": torch.ones_like(ids, dtype=torch.bool)})
+    assert [plan.groups.sizes for plan in plans.values()] == [(4 * 32,) * 4]
 
 
 def last(path: Path, name: str) -> float:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import program
 import pytest
+from filelock import FileLock
 
 ROUTERS = ("base", "top_k", "hash", "random", "expert_choice")
 DOMAINS = ("asyncio", "email", "http", "json", "xml")
@@ -23,13 +24,15 @@ def domain_corpus(small_corpus: list[str], tmp_path_factory: pytest.TempPathFact
 
 
 @pytest.fixture(scope="session")
-def kept(domain_corpus: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def kept(domain_corpus: list[str], shared: Path) -> dict[str, Path]:
     """Finished runs of five routers with a checkpoint of every step and recorded plans, by router."""
-    runs = tmp_path_factory.mktemp("kept")
+    runs = shared / "kept"
     options = ("trainer.keep_checkpoints=null", "trainer.checkpoint_every_n_steps=1", "module.learning_rate=0.03")
     options += ("trainer.record_plans=true",)
-    done = program.train("-m", *domain_corpus, f"router={','.join(ROUTERS)}", *options, f"runs_dir={runs}")
-    assert done.returncode == 0, done.stderr
+    with FileLock(shared / "kept.lock"):
+        if not runs.exists():
+            done = program.train("-m", *domain_corpus, f"router={','.join(ROUTERS)}", *options, f"runs_dir={runs}")
+            assert done.returncode == 0, done.stderr
     found = program.jobs(runs)
     return {router: path for router in ROUTERS for name, path in found.items() if f"router={router}" in name}
 
@@ -47,4 +50,4 @@ def dense(domain_corpus: list[str], tmp_path_factory: pytest.TempPathFactory) ->
 @pytest.fixture
 def copy(kept: dict[str, Path], tmp_path: Path) -> Path:
     """A copy of BASE's run to damage."""
-    return Path(shutil.copytree(kept["base"], tmp_path / "run"))
+    return Path(shutil.copytree(kept["base"], tmp_path / "run", ignore=shutil.ignore_patterns("analysis")))

@@ -3,11 +3,10 @@
 import json
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import forks
 import program
 import pytest
 import torch
@@ -18,25 +17,19 @@ from lightning_base.analysis.command import main
 from lightning_base.analysis.tokens import printable_token
 from lightning_base.checkpoint import VerifiedCheckpointIO
 
-ANALYSIS = [sys.executable, str(program.REPOSITORY / "experiments" / "analysis.py")]
+ANALYSIS = str(program.REPOSITORY / "experiments" / "analysis.py")
 
 
 @pytest.fixture(scope="module")
 def page(kept: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The page of top-k's run, made by the program as a user starts it, and what it printed."""
-    run = Path(shutil.copytree(kept["top_k"], tmp_path_factory.mktemp("page") / "run"))
+    folder = tmp_path_factory.mktemp("page") / "run"
+    run = Path(shutil.copytree(kept["top_k"], folder, ignore=shutil.ignore_patterns("analysis")))
     stale = run / "analysis" / "stale.png"
     stale.parent.mkdir(exist_ok=True)
     stale.write_bytes(b"of an earlier analysis")
     (run / "analysis" / "notes.txt").write_text("mine")
-    done = subprocess.run(
-        [*ANALYSIS, str(run), "--sequences", "20"],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        env=program.environment(),
-        cwd=program.REPOSITORY,
-    )
+    done = forks.run([ANALYSIS, run, "--sequences", "20"])
     assert done.returncode == 0, done.stderr
     return run / "analysis" / "analysis.html", done.stdout
 
@@ -203,7 +196,7 @@ def test_bad_input_gets_one_sentence_and_exit_code_2(
 
 
 def test_a_run_without_routing_is_refused_by_the_program_in_one_line(dense: Path) -> None:
-    done = subprocess.run([*ANALYSIS, str(dense)], capture_output=True, text=True, timeout=120, cwd=program.REPOSITORY)
+    done = forks.run([ANALYSIS, dense])
     assert done.returncode == 2
     assert done.stderr.splitlines() == [
         f"error: the run {dense} has one expert per layer: there is no routing to analyse"

@@ -1,10 +1,10 @@
 """Each alarm is forced, by a router that goes wrong in a real Trainer or in the real program. E = 8 experts."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
+import forks
 import program
 import pytest
 import pytorch_lightning as pl
@@ -241,10 +241,8 @@ def test_counts_are_those_of_all_ranks(tmp_path: Path) -> None:
     )
     here = Path(__file__).parent
     environment = {**program.environment(), "PYTHONPATH": f"{program.REPOSITORY}:{here}:{here.parent}"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "--no-python"]
-    done = subprocess.run(
-        [*command, sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=120
-    )
+    command = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "--no-python"]
+    done = forks.run([*command, sys.executable, "-c", code], environment=environment, timeout=120)
     assert done.returncode == 0, done.stderr
     first, second = (program.read(tmp_path / f"{rank}.json") for rank in range(2))
     assert first == second

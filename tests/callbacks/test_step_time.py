@@ -121,6 +121,7 @@ def batches(count: int) -> DataLoader:
             "valid": torch.ones_like(rows, dtype=torch.bool),
             "document": torch.zeros_like(rows),
             "step_targets": torch.tensor(32),
+            "targets_of_step": 32,
         }
         for rows in ids
     ]

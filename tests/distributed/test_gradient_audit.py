@@ -3,10 +3,9 @@
 Shapes: T tokens, D width, E experts, K experts per token.
 """
 
-import subprocess
-import sys
 from pathlib import Path
 
+import forks
 import numpy as np
 import program
 import pytest
@@ -33,12 +32,9 @@ def on_two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Aud
     folder = tmp_path_factory.mktemp("audit")
     script = Path(__file__).with_name("gradient_audit.py")
     path = ":".join(map(str, (program.REPOSITORY, script.parent, script.parent.parent)))
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", str(script), str(folder)],
-        capture_output=True,
-        text=True,
-        env={**program.environment(), "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        timeout=240,
+    done = forks.run(
+        ["-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", script, folder],
+        environment={**program.environment(), "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr
     saved = [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
@@ -79,7 +75,13 @@ def test_two_ranks_send_the_gradient_of_one(
 
 @every_arm
 @pytest.mark.parametrize(
-    "setting", [Setting(accumulation=2), Setting(accumulation=2, activation_checkpointing=True)], ids=str
+    "setting",
+    [
+        pytest.param(Setting(accumulation=2), marks=pytest.mark.exhaustive),
+        pytest.param(Setting(activation_checkpointing=True), marks=pytest.mark.exhaustive),
+        Setting(accumulation=2, activation_checkpointing=True),
+    ],
+    ids=str,
 )
 def test_accumulation_and_recomputation_send_the_same_gradient(
     arm: str, setting: Setting, alone: dict[str, Audit]

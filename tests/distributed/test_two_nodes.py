@@ -1,11 +1,12 @@
 """Two nodes, here two launchers on one machine: the same command on each, one run directory."""
 
-import subprocess
 from pathlib import Path
 
+import forks
 import program
 import pytest
 import torch.distributed as dist
+from forks import Forked
 
 
 def free_port() -> int:
@@ -14,20 +15,14 @@ def free_port() -> int:
     return store.port
 
 
+def node_environment(rank: str, port: str) -> dict[str, str]:
+    return {**program.environment(), "NODE_RANK": rank, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+
+
 def test_two_nodes_train_one_job_and_give_the_losses_of_one(small_corpus: list[str], tmp_path: Path) -> None:
     arguments = [*small_corpus, f"runs_dir={tmp_path}/two", "strategy=ddp", "trainer.num_nodes=2"]
     port = str(free_port())
-    nodes = [
-        subprocess.Popen(
-            program.command(*arguments),
-            env={**program.environment(), "NODE_RANK": str(rank), "MASTER_ADDR": "localhost", "MASTER_PORT": port},
-            cwd=program.REPOSITORY,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in (1, 0)
-    ]
+    nodes = [Forked(program.command(*arguments), environment=node_environment(str(rank), port)) for rank in (1, 0)]
     errors = [node.communicate(timeout=200)[1] for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], errors
     two = program.only_job(tmp_path / "two")
@@ -44,15 +39,7 @@ def test_two_nodes_train_one_job_and_give_the_losses_of_one(small_corpus: list[s
 
 
 def test_a_node_whose_first_node_never_comes_gives_up(small_corpus: list[str], tmp_path: Path) -> None:
-    done = subprocess.run(
-        program.command(
-            *small_corpus, f"runs_dir={tmp_path}", "strategy=ddp", "trainer.num_nodes=2", "strategy.timeout_seconds=3"
-        ),
-        env={**program.environment(), "NODE_RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"},
-        cwd=program.REPOSITORY,
-        capture_output=True,
-        text=True,
-        timeout=100,
-    )
+    options = (f"runs_dir={tmp_path}", "strategy=ddp", "trainer.num_nodes=2", "strategy.timeout_seconds=3")
+    done = forks.run(program.command(*small_corpus, *options), environment=node_environment("1", "1"), timeout=100)
     assert done.returncode == 2
     assert "the first node has not started this job" in done.stderr

@@ -3,38 +3,41 @@
 import os
 import signal
 import subprocess
+import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import program
+import psutil
 import pytest
 import torch
+from forks import Forked
 
 STEPS = 60
 LONG = (f"trainer.max_steps={STEPS}", "trainer.checkpoint_every_n_steps=10", "trainer.validate_every_n_steps=20")
 
 
-def start(*arguments: str) -> subprocess.Popen:
-    """The program in the background, in a process group of its own."""
+def start_anew(*arguments: str) -> subprocess.Popen:
+    """The program as a user starts it, in a process group of its own."""
     return subprocess.Popen(
-        program.command(*arguments),
+        [sys.executable, *program.command(*arguments)],
         env=program.environment(),
         cwd=program.REPOSITORY,
         stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
+        stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
 
 
-def wait_for_step(folder: Path, step: int, process: subprocess.Popen, seconds: float = 120) -> Path:
+def wait_for_step(folder: Path, step: int, process: Forked | subprocess.Popen, seconds: float = 120) -> Path:
     """The job's directory, once it has logged a step."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         for path in folder.glob("debug/*/metrics.csv"):
             if any(done >= step for done, _ in program.series(path.parent, "train/loss")):
                 return path.parent
-        assert process.poll() is None, process.stderr.read() if process.stderr else ""
+        assert process.poll() is None, process.communicate(timeout=10)
         time.sleep(0.05)
     raise AssertionError(f"step {step} was not reached in {seconds} s")
 
@@ -76,7 +79,7 @@ def test_sigterm_saves_and_the_same_command_continues_bit_for_bit(
     small_corpus: list[str], tmp_path: Path, undisturbed: Path
 ) -> None:
     arguments = (*small_corpus, *LONG, f"runs_dir={tmp_path}")
-    process = start(*arguments)
+    process = program.start(*arguments)
     directory = wait_for_step(tmp_path, 13, process)
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=90)
@@ -91,7 +94,7 @@ def test_sigterm_saves_and_the_same_command_continues_bit_for_bit(
 
 
 def test_sigterm_to_a_job_of_two_ranks_stops_both_at_the_same_step(small_corpus: list[str], tmp_path: Path) -> None:
-    process = start(*small_corpus, *LONG, "strategy=ddp", "trainer.devices=2", f"runs_dir={tmp_path}")
+    process = program.start(*small_corpus, *LONG, "strategy=ddp", "trainer.devices=2", f"runs_dir={tmp_path}")
     directory = wait_for_step(tmp_path, 13, process)
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=90)
@@ -106,27 +109,33 @@ def test_killing_the_launcher_leaves_no_rank_behind_and_the_run_resumes(
     small_corpus: list[str], tmp_path: Path, undisturbed: Path
 ) -> None:
     arguments = ("-m", *small_corpus, *LONG, f"runs_dir={tmp_path}")
-    process = start(*arguments)
+    process = start_anew(*arguments)
     directory = wait_for_step(tmp_path, 23, process)
+    tree = psutil.Process(process.pid).children(recursive=True)
     os.kill(process.pid, signal.SIGKILL)
     process.communicate(timeout=30)
+    assert psutil.wait_procs(tree, timeout=60)[1] == []
     assert wait_until_gone(tmp_path) == []
+    assert len(program.series(directory, "train/loss")) < STEPS, "a rank went on without anybody to tell how it ended"
 
     again = program.train(*arguments)
     assert again.returncode == 0, again.stderr
     assert_same_run(directory, undisturbed)
 
 
-def test_a_killed_rank_ends_the_job_with_a_status(small_corpus: list[str], tmp_path: Path) -> None:
-    process = start(
-        *small_corpus, *LONG, "strategy=ddp", "trainer.devices=2", "strategy.timeout_seconds=20", f"runs_dir={tmp_path}"
-    )
+@pytest.mark.parametrize("start", [program.start, pytest.param(start_anew, marks=pytest.mark.exhaustive)])
+def test_a_killed_rank_ends_the_job_with_a_status(
+    start: Callable[..., Forked | subprocess.Popen], small_corpus: list[str], tmp_path: Path
+) -> None:
+    ranks = ("strategy=ddp", "trainer.devices=2", "strategy.timeout_seconds=20")
+    process = start(*small_corpus, *LONG, *ranks, f"runs_dir={tmp_path}")
     directory = wait_for_step(tmp_path, 13, process)
-    ranks = subprocess.run(["pgrep", "-f", f"lightning_base.train {tmp_path}"], capture_output=True, text=True)
-    os.kill(max(int(pid) for pid in ranks.stdout.split()), signal.SIGKILL)
-    _, errors = process.communicate(timeout=120)
+    # The launcher's child is torchrun, and its children are the ranks.
+    (torchrun,) = (child for child in psutil.Process(process.pid).children() if len(child.children()) == 2)
+    max(torchrun.children(), key=lambda rank: rank.pid).kill()
+    process.communicate(timeout=120)
     assert process.returncode == 1
-    assert program.read(directory / "status.json")["state"] == "failed", errors
+    assert program.read(directory / "status.json")["state"] == "failed"
     assert wait_until_gone(tmp_path) == []
 
 
@@ -134,7 +143,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
     small_corpus: list[str], tmp_path: Path, undisturbed: Path
 ) -> None:
     arguments = (*small_corpus, *LONG, f"runs_dir={tmp_path}")
-    process = start(*arguments)
+    process = program.start(*arguments)
     directory = wait_for_step(tmp_path, 33, process)
     process.kill()
     process.communicate(timeout=30)

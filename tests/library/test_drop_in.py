@@ -14,6 +14,7 @@ from lightning_base import (
     Experts,
     LossFree,
     Router,
+    RoutingPlan,
     SparseLayer,
     Switch,
     TopK,
@@ -55,6 +56,29 @@ def test_it_gives_the_hidden_states_of_its_layer_and_keeps_the_plan_without_a_gr
     assert torch.equal(drop_in.plan.expert_index, plan.expert_index)
     assert torch.equal(drop_in.plan.weight, plan.weight)
     assert not drop_in.plan.weight.requires_grad
+
+
+class Counting(Switch):
+    """A test double: Switch that keeps what it is told at the end of a step."""
+
+    def step_sums(self, plan: RoutingPlan) -> dict[str, Tensor]:
+        return {"tokens": torch.tensor(plan.num_tokens)}
+
+    def end_step(self, sums: dict[str, Tensor]) -> None:
+        self.heard = [*getattr(self, "heard", []), {name: int(value) for name, value in sums.items()}]
+
+
+@pytest.mark.parametrize("mode", ["plain", "not reentrant", "reentrant"])
+def test_a_router_is_told_of_every_token_of_a_step_once(mode: str) -> None:
+    router = Counting(num_experts=4, width=WIDTH)
+    model = DropIn(layer_of(router)).train()
+    for micro_batches in (1, 2):
+        for seed in range(micro_batches):
+            hidden = example(seed=seed).requires_grad_()
+            output = model(hidden) if mode == "plain" else checkpoint(model, hidden, use_reentrant=mode == "reentrant")
+            output.square().mean().backward()
+        end_step(model)
+    assert router.heard == [{"tokens": 24}, {"tokens": 48}]
 
 
 @pytest.mark.parametrize("valid", [None, torch.tensor([[True] * 6, [True] * 2 + [False] * 4] * 2)], ids=["", "padded"])

@@ -10,7 +10,9 @@ import venv
 import zipfile
 from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from pathlib import Path
+from typing import Any
 
+import forks
 import pytest
 import test_page as page
 from packaging.requirements import Requirement
@@ -95,24 +97,53 @@ def test_the_wheel_holds_the_package_and_no_tests_or_configuration(wheel: Path) 
     assert {name for name in names if name.startswith("lightning_base/")} == sources
 
 
-def test_a_program_trains_in_plain_pytorch_from_the_installed_wheel(python: Path, tmp_path: Path) -> None:
-    seen = json.loads(run(python, "-I", HERE / "plain_pytorch_program.py", cwd=tmp_path))
-    assert Path(seen["file"]).is_relative_to(python.parents[1])
+def check_what_it_saw(printed: str) -> dict[str, Any]:
+    """Of the program in plain PyTorch."""
+    seen = json.loads(printed)
     assert sum(seen["losses"][-3:]) / 3 < seen["losses"][0] - 0.8
     # 2 groups of 4 sequences of 16 tokens over 8 experts.
     assert seen["loads"] == [[8] * 8] * 2
+    return seen
+
+
+def test_a_program_trains_in_plain_pytorch(tmp_path: Path) -> None:
+    done = forks.run([HERE / "plain_pytorch_program.py"], folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    check_what_it_saw(done.stdout)
+
+
+@pytest.mark.exhaustive
+def test_a_program_trains_in_plain_pytorch_from_the_installed_wheel(python: Path, tmp_path: Path) -> None:
+    seen = check_what_it_saw(run(python, "-I", HERE / "plain_pytorch_program.py", cwd=tmp_path))
+    assert Path(seen["file"]).is_relative_to(python.parents[1])
     assert not {"hydra", "omegaconf", "pytorch_lightning", "lightning_fabric", "tensorboard"} & set(seen["imported"])
 
 
-def test_the_code_of_the_page_runs_from_the_wheel_and_does_what_it_says(python: Path, tmp_path: Path) -> None:
-    code = page.program()
+def write_page(folder: Path, without: str | None = None) -> None:
+    code = page.program(without)
     assert code.count("assert ") >= 5
-    (tmp_path / "library.py").write_text(code)
-    run(python, "-I", "library.py", cwd=tmp_path)
-    header, *rows = (tmp_path / "loads.csv").read_text().splitlines()
+    (folder / "library.py").write_text(code)
+
+
+def check_loads_of_the_page(folder: Path) -> None:
+    header, *rows = (folder / "loads.csv").read_text().splitlines()
     assert header == "step,stage,layer,expert,demand,load"
     # 2 steps are recorded, of a layer with 4 experts and one with 8.
     assert len(rows) == 2 * (4 + 8)
+
+
+def test_the_code_of_the_page_does_what_it_says(tmp_path: Path) -> None:
+    write_page(tmp_path, without="torch.compile")
+    done = forks.run(["library.py"], folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    check_loads_of_the_page(tmp_path)
+
+
+@pytest.mark.exhaustive
+def test_the_code_of_the_page_runs_from_the_wheel_and_does_what_it_says(python: Path, tmp_path: Path) -> None:
+    write_page(tmp_path)
+    run(python, "-I", "library.py", cwd=tmp_path)
+    check_loads_of_the_page(tmp_path)
 
 
 def test_every_part_of_the_package_imports_with_the_declared_dependencies(python: Path, tmp_path: Path) -> None:

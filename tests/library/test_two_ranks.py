@@ -2,7 +2,9 @@
 
 from pathlib import Path
 
+import forks
 import torch
+from tiny_training import leave
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -53,11 +55,11 @@ def on_rank(rank: int, folder: str) -> None:
     wrapped = DistributedDataParallel(model())
     assert list(drop_ins(wrapped)) == ["module.0", "module.1", "module.2"]
     torch.save(steps(wrapped, [batch.chunk(2)[rank] for batch in batches()]), Path(folder, f"{rank}.pt"))
-    torch.distributed.destroy_process_group()
+    leave()
 
 
 def test_two_ranks_are_one_process_with_all_sequences(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(on_rank, args=(str(tmp_path),), nprocs=2)
+    forks.call_on_two_ranks(on_rank, str(tmp_path))
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     alone = steps(model(), batches())
     assert bool(alone["0.layer.router.prices"].any())

@@ -3,9 +3,11 @@
 import json
 from pathlib import Path
 
+import forks
 import pytest
 import torch
 from hand_made_plans import make_plan, plan_of_counts
+from tiny_training import leave
 
 from lightning_base.metrics import ExpertLoad, LanguageModelLoss
 from lightning_base.routing import RoutingPlan
@@ -43,14 +45,14 @@ def on_rank(rank: int, folder: str) -> None:
     update(load, loss, PLANS[rank], *LOSSES[rank])
     twice = values(load, loss)
     Path(folder, f"{rank}.json").write_text(json.dumps([once, twice]))
-    torch.distributed.destroy_process_group()
+    leave()
 
 
 @pytest.fixture(scope="module")
 def of_two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[list[dict[str, float]]]:
     """What each rank computed, after one update and after a second."""
     folder = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(on_rank, args=(str(folder),), nprocs=2)
+    forks.call_on_two_ranks(on_rank, str(folder))
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 

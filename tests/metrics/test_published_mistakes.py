@@ -285,7 +285,7 @@ def logged_rates(folder: Path, interval: int) -> list[tuple[int, float, float]]:
         enable_model_summary=False,
         default_root_dir=folder,
     )
-    trainer.fit(Waits(), DataLoader([{"step_targets": torch.tensor(TOKENS)}] * STEPS, batch_size=None))
+    trainer.fit(Waits(), DataLoader([{"targets_of_step": TOKENS}] * STEPS, batch_size=None))
     rates, times = (program.series(folder, f"train/{name}") for name in ("tokens_per_second", "step_time"))
     return [(step, rate, seconds) for (step, rate), (_, seconds) in zip(rates, times, strict=True)]
 
