@@ -1,0 +1,96 @@
+"""Differences between arms that share their seeds: intervals, and what may be said of them.
+
+Two runs with the same seed read the same batches in the same order and start from the same shared weights, so arms are
+compared seed by seed: what one seed gives to both cancels. N seeds, one difference each.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+
+CONFIDENCE = 0.95
+RESAMPLES = 9999
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean over N seeds: with one seed only the mean is known, and the rest is nan.
+
+    Args:
+        mean: of the N numbers.
+        low, high: the t interval around the mean.
+        boot_low, boot_high: the percentile interval of the means of N numbers drawn again with replacement.
+        spread: sample standard deviation between seeds.
+        p: two-sided probability of a mean this far from zero or farther, if the true one is zero (t test).
+        n: N.
+    """
+
+    mean: float
+    low: float
+    high: float
+    boot_low: float
+    boot_high: float
+    spread: float
+    p: float
+    n: int
+
+    @property
+    def margin(self) -> float:
+        """Half the width of the t interval."""
+        return (self.high - self.low) / 2
+
+    @property
+    def known(self) -> bool:
+        """Whether there are seeds enough for an interval."""
+        return self.n > 1
+
+    @property
+    def sign(self) -> int:
+        """1 or -1 if the t interval is above or below zero, 0 if it holds zero or there is none."""
+        return int(self.low > 0) - int(self.high < 0)
+
+
+def interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Interval:
+    """The mean of one number per seed with its intervals.
+
+    Raises:
+        ValueError: there is no value, or one that is not finite.
+    """
+    found = np.asarray(values, dtype=np.float64)
+    if not len(found) or not np.isfinite(found).all():
+        raise ValueError(f"an interval needs finite numbers, at least one: {list(values)}")
+    mean, n = float(found.mean()), len(found)
+    if n == 1:
+        return Interval(mean, *[math.nan] * 6, n)
+    spread = float(found.std(ddof=1))
+    if spread == 0.0:
+        return Interval(mean, mean, mean, mean, mean, 0.0, 1.0 if mean == 0.0 else 0.0, n)
+    test = stats.ttest_1samp(found, 0.0)
+    low, high = test.confidence_interval(confidence)
+    drawn = stats.bootstrap(
+        (found,), np.mean, confidence_level=confidence, n_resamples=RESAMPLES, method="percentile", rng=0
+    ).confidence_interval
+    return Interval(mean, float(low), float(high), float(drawn.low), float(drawn.high), spread, float(test.pvalue), n)
+
+
+def paired(one: Sequence[float], other: Sequence[float], confidence: float = CONFIDENCE) -> Interval:
+    """The mean of ``one - other``, seed by seed, with its intervals; both have a number for each seed, in one order."""
+    if len(one) != len(other):
+        raise ValueError(f"paired differences need the same seeds: {len(one)} and {len(other)} numbers")
+    return interval([a - b for a, b in zip(one, other, strict=True)], confidence)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p values corrected for how many there are, in the order given (Holm 1979, A simple sequentially rejective ...).
+
+    The smallest is multiplied by their number m, the next by m - 1, and so on; none becomes smaller than the one before.
+    """
+    order = sorted(range(len(p_values)), key=lambda i: p_values[i])
+    corrected, least = [0.0] * len(p_values), 0.0
+    for place, i in enumerate(order):
+        least = max(least, min(1.0, (len(p_values) - place) * p_values[i]))
+        corrected[i] = least
+    return corrected
