@@ -32,6 +32,7 @@ from lightning_base.callbacks.expert_load import ExpertLoadLogger
 from lightning_base.callbacks.metrics_csv import MetricsCsv
 from lightning_base.callbacks.progress import ArmProgressBar
 from lightning_base.callbacks.recording import PlanRecorder
+from lightning_base.callbacks.routing_change import RoutingChange
 from lightning_base.callbacks.routing_gap import RoutingGap
 from lightning_base.callbacks.saving import PeriodicCheckpoint, PreemptedError, Preemption
 from lightning_base.callbacks.step_time import StepTime
@@ -78,7 +79,7 @@ def run(config: Config, directory: Path) -> Result:
     causality, gap = CausalityMonitor(), RoutingGap()
     # The step is taken apart next to the clock, so that the work of the other callbacks is in neither.
     callbacks: list[pl.Callback] = [clock, StepTime(every, clock), fingerprint, load, Certificate(job, plain)]
-    callbacks += [AssignmentMonitor(every), balance, causality, gap]
+    callbacks += [AssignmentMonitor(every), balance, causality, gap, RoutingChange()]
     callbacks.append(DropByPosition(directory / "drop_by_position.csv", every, resumed_step))
     callbacks.append(Alarms(job, every))
     if config.trainer.record_plans:

@@ -3,10 +3,11 @@
 Shapes: T tokens, D width, E experts, K experts per token, G routing groups.
 """
 
+import math
 import time
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import ClassVar
+from typing import ClassVar, Literal, get_args
 
 import torch
 from jaxtyping import Float, Float64, Int64
@@ -17,6 +18,7 @@ from lightning_base.routing.plan import RoutingGroups, RoutingPlan, count_by_gro
 from lightning_base.routing.router import Router
 from lightning_base.routing.selection import weigh
 
+Gate = Literal["sigmoid", "twice_sigmoid", "softmax", "one"]
 SOLVERS_FOR_TOP_K = ("transport", "greedy")  # the others give a token one expert
 
 
@@ -38,6 +40,12 @@ class BASE(Router):
         width: D.
         solver: how the assignment is solved, a name in ``lightning_base.assignment.SOLVERS``.
         top_k: k; more than 1 only with a solver that can, transport or greedy.
+        gate: what an expert's output is weighted by. ``sigmoid`` of the score is the paper's and near one half at first;
+            ``twice_sigmoid`` is near one; ``softmax`` is the expert's share among all scores; ``one`` is no gate, so that
+            the centroids stay as they were drawn.
+        centroid_gain: how long the centroids are at first.
+        centroid_rate: how many times faster than other weights the centroids learn: scores are this many times
+            those of parameters that start this many times shorter, which under Adam is a learning rate of their own.
     """
 
     causal = False
@@ -48,7 +56,17 @@ class BASE(Router):
         "renormalize": "its gate is a sigmoid of each score by itself, and with one expert would always be 1",
     }
 
-    def __init__(self, *, num_experts: int, width: int, solver: str = "transport", top_k: int = 1) -> None:
+    def __init__(
+        self,
+        *,
+        num_experts: int,
+        width: int,
+        solver: str = "transport",
+        top_k: int = 1,
+        gate: str = "sigmoid",
+        centroid_gain: float = 0.1,
+        centroid_rate: float = 1.0,
+    ) -> None:
         super().__init__(num_experts=num_experts, top_k=top_k)
         if solver not in SOLVERS:
             raise ValueError(f"router.solver={solver}: choose one of {', '.join(sorted(SOLVERS))}")
@@ -58,20 +76,26 @@ class BASE(Router):
                 f"choose router.solver={' or '.join(SOLVERS_FOR_TOP_K)}"
             )
         check_orthogonal(num_experts, width, "BASE")
-        self.solver = solver
+        if gate not in get_args(Gate):
+            raise ValueError(f"router.gate={gate}: choose one of {', '.join(get_args(Gate))}")
+        for name, value in (("centroid_gain", centroid_gain), ("centroid_rate", centroid_rate)):
+            if not 0 < value < math.inf:
+                raise ValueError(f"router.{name}={value} is out of range: give a number above 0")
+        self.solver, self.gate = solver, gate
+        self.centroid_gain, self.centroid_rate = centroid_gain, centroid_rate
         if solver == "greedy":
             # The best expert of each token by itself: nothing is balanced, and nothing looks ahead.
             self.causal, self.evaluation_modes = True, {"greedy": True, "balanced": True}
-        self.centroids = nn.Parameter(torch.empty(num_experts, width))
+        self.centroids = nn.Parameter(torch.empty(num_experts, width), requires_grad=gate != "one")
         self.register_buffer("prices", torch.zeros(num_experts, dtype=torch.float64))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        nn.init.orthogonal_(self.centroids, gain=0.1)
+        nn.init.orthogonal_(self.centroids, gain=self.centroid_gain / self.centroid_rate)
 
     def forward(self, tokens: Tensor, token_ids: Tensor, groups: RoutingGroups) -> RoutingPlan:
         with torch.autocast(tokens.device.type, enabled=False):
-            scores_TE = nn.functional.linear(tokens.float(), self.centroids.float())
+            scores_TE = nn.functional.linear(tokens.float(), self.centroid_rate * self.centroids.float())
         detached_TE = scores_TE.detach()
         # ``self.training`` decides, not whether gradients are on: a frozen layer in training still balances.
         aux = {"scores": detached_TE}
@@ -85,18 +109,29 @@ class BASE(Router):
             )
         else:
             expert_TK = detached_TE.topk(self.top_k, dim=-1).indices
-        chosen = weigh(expert_TK, scores_TE)
-        weight = chosen.weight.sigmoid()
-        aux["gates"] = weight.detach()
+        gates_TE = self.gates(scores_TE)
+        chosen = weigh(expert_TK, gates_TE)
+        if self.gate == "sigmoid":
+            aux["gates"] = chosen.weight.detach()
+        elif self.gate == "softmax":
+            aux["probabilities"] = gates_TE.detach()
         return RoutingPlan(
             token_index=chosen.token_index,
             expert_index=chosen.expert_index,
-            weight=weight,
+            weight=chosen.weight,
             group_demand=count_by_group(groups, self.num_experts, chosen.token_index, chosen.expert_index),
             groups=groups,
             top_k=self.top_k,
             aux=aux,
         )
+
+    def gates(self, scores_TE: Tensor) -> Tensor:
+        """What each expert would weigh for each token, [T, E]."""
+        if self.gate == "softmax":
+            return scores_TE.softmax(-1)
+        if self.gate == "one":
+            return torch.ones_like(scores_TE)
+        return scores_TE.sigmoid() * (2 if self.gate == "twice_sigmoid" else 1)
 
     def step_sums(self, plan: RoutingPlan) -> dict[str, Tensor]:
         held = torch.tensor([size > 0 for size in plan.groups.sizes], device=self.prices.device)

@@ -1,0 +1,90 @@
+"""How often the same tokens change their experts while a router learns."""
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+
+from lightning_base.callbacks.causality import router_inputs
+from lightning_base.metrics.routing_gap import ExpertSets, expert_sets, tokens_that_differ
+from lightning_base.module import LanguageModel
+
+Sets = dict[str, ExpertSets]
+
+
+class RoutingChange(pl.Callback):
+    """Routes one batch of validation text again and again, as in training, and counts the tokens that move.
+
+    ``routing_change/<step|validation>/<layer|mean>``: the share of the tokens, of all ranks, whose set of experts is
+    another one after one optimizer step, and since the validation before. The batch is the first of each rank. Hidden
+    states are those of evaluation; each layer's router routes as it does in training, by a copy of it, so that it learns
+    nothing from this. Nothing is measured of a router that knows no other text (``any_text``).
+    """
+
+    def __init__(self) -> None:
+        self._probe: Mapping[str, Tensor] | None = None
+        self._last: Sets = {}
+        self._step_follows = False
+
+    def on_validation_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        assert isinstance(pl_module, LanguageModel)
+        if batch_idx or not all(layer.router.any_text for layer in pl_module.model.sparse_layers.values()):
+            return
+        self._probe = batch
+        found = self._route(trainer, pl_module)
+        if self._last:
+            self._log(trainer, pl_module, "validation", found)
+        self._last, self._step_follows = found, True
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        assert isinstance(pl_module, LanguageModel)
+        if self._step_follows and self._probe is not None and (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+            self._step_follows = False
+            self._log(trainer, pl_module, "step", self._route(trainer, pl_module))
+            self._probe = None
+
+    def _route(self, trainer: pl.Trainer, module: LanguageModel) -> Sets:
+        assert self._probe is not None
+        training = module.model.training
+        module.model.eval()
+        with trainer.precision_plugin.forward_context():
+            inputs = router_inputs(module, self._probe)
+        module.model.train(training)
+        found = {}
+        for layer, given in inputs.items():
+            router = copy.deepcopy(module.model.sparse_layers[layer].router).train()
+            with torch.no_grad():
+                found[layer] = expert_sets(router(*given))
+        return found
+
+    def _log(self, trainer: pl.Trainer, module: LanguageModel, over: str, found: Sets) -> None:
+        moved = [tokens_that_differ(self._last[layer], sets) for layer, sets in found.items()]
+        counts = torch.tensor([next(iter(found.values())).num_tokens, *moved], device=module.device)
+        tokens, *moved = trainer.strategy.reduce(counts, reduce_op="sum").tolist()
+        values = {f"routing_change/{over}/{layer}": n / tokens for layer, n in zip(found, moved, strict=True)}
+        values[f"routing_change/{over}/mean"] = sum(moved) / tokens / len(moved)
+        for logger in trainer.loggers:
+            logger.log_metrics(values, trainer.global_step)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "step_follows": self._step_follows,
+            "last": {layer: [sets.pairs, sets.num_tokens, sets.num_experts] for layer, sets in self._last.items()},
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        # A resumed run has no batch to route until its next validation: it logs no change over one step before.
+        self._last = {layer: ExpertSets(*held) for layer, held in state_dict["last"].items()}
