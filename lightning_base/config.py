@@ -54,6 +54,8 @@ class ModuleConfig:
     warmup_steps: int = 0
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     final_learning_rate: float = 0.0
+    router_learning_rate_factor: float = 1.0
+    router_init_scale: float = 1.0
     weight_decay: float = 0.0
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
     loss_coefficients: dict[str, float] = field(default_factory=dict)
@@ -66,6 +68,8 @@ class ModuleConfig:
         final = 0 <= self.final_learning_rate <= self.learning_rate
         require(final, "module.final_learning_rate", self.final_learning_rate, "between 0 and module.learning_rate")
         require(self.warmup_steps >= 0, "module.warmup_steps", self.warmup_steps, "give 0 or more")
+        for key in ("router_learning_rate_factor", "router_init_scale"):
+            require(0 < getattr(self, key) < math.inf, f"module.{key}", getattr(self, key), "give a number above 0")
         require(self.weight_decay >= 0, "module.weight_decay", self.weight_decay, "give 0 or more")
         betas = len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
         require(betas, "module.betas", self.betas, "give two numbers from 0 to below 1")

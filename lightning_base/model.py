@@ -260,11 +260,12 @@ def sparse_positions(layers: Literal["every_other"] | int | list[int], depth: in
     return positions
 
 
-def initialize(model: nn.Module, seed: int) -> None:
+def initialize(model: nn.Module, seed: int, router_scale: float = 1.0) -> None:
     """Draws every parameter anew, each module from a generator seeded by ``seed`` and the module's name.
 
     So that a router with other or more parameters does not shift the weights of any other module. Inner modules come
-    first: what a module draws for its parts, such as a router for its gate, is what stays.
+    first: what a module draws for its parts, such as a router for its gate, is what stays. The parameters of routers are
+    then multiplied by ``router_scale``.
     """
     with torch.random.fork_rng(devices=[]):
         for name, module in reversed(list(model.named_modules())):
@@ -273,6 +274,9 @@ def initialize(model: nn.Module, seed: int) -> None:
                 digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
                 torch.manual_seed(int.from_bytes(digest[:8], "little", signed=True))
                 reset()
+    with torch.no_grad():
+        for parameter in (p for m in model.modules() if isinstance(m, Router) for p in m.parameters()):
+            parameter.mul_(router_scale)
 
 
 def shared_parameters(model: Transformer) -> Iterator[tuple[str, nn.Parameter]]:

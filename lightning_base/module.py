@@ -62,6 +62,7 @@ class LanguageModel(pl.LightningModule):
         routing_group: sequences routed together.
         seed: of the initial weights.
         loss_coefficients: overrides the router's own for its auxiliary losses.
+        router_init_scale: how many times larger than its paper has them the parameters of a router are at first.
         attend_across_documents: False: a position sees only its own document.
         compile: torch.compile on the inner model.
         activation_checkpointing: recompute blocks in the backward pass.
@@ -86,6 +87,7 @@ class LanguageModel(pl.LightningModule):
         routing_group: int,
         seed: int,
         loss_coefficients: Mapping[str, float] | None = None,
+        router_init_scale: float = 1.0,
         attend_across_documents: bool = True,
         compile: bool = False,
         activation_checkpointing: bool = False,
@@ -107,7 +109,7 @@ class LanguageModel(pl.LightningModule):
             checkpoint_activations=activation_checkpointing,
             **model,
         )
-        initialize(self.model, seed)
+        initialize(self.model, seed, router_init_scale)
         self.optimizer_options = dict(optimizer)
         self.max_steps = max_steps
         self.attend_across_documents = attend_across_documents
@@ -215,22 +217,24 @@ class LanguageModel(pl.LightningModule):
         set_evaluation_mode(self.model, mode)
 
     def configure_optimizers(self) -> Any:
-        """AdamW; weight decay on matrices alone, not on norms, embeddings and centroids."""
+        """AdamW; weight decay on matrices alone, not on norms, embeddings and routers, which have a rate of their own."""
         options = self.optimizer_options
+        rate = float(options["learning_rate"])
         decayed: list[nn.Parameter] = []
         kept: list[nn.Parameter] = []
         first, second = (float(beta) for beta in options["betas"])
         embeddings = {id(m.weight) for m in self.model.modules() if isinstance(m, nn.Embedding)}
-        routers = {id(p) for m in self.model.modules() if isinstance(m, Router) for p in m.parameters()}
+        routers = {p: None for m in self.model.modules() if isinstance(m, Router) for p in m.parameters()}
         for parameter in self.model.parameters():
-            exempt = parameter.ndim < 2 or id(parameter) in embeddings or id(parameter) in routers
-            (kept if exempt else decayed).append(parameter)
+            if parameter not in routers:
+                (kept if parameter.ndim < 2 or id(parameter) in embeddings else decayed).append(parameter)
         optimizer = torch.optim.AdamW(
             [
                 {"params": decayed, "weight_decay": float(options["weight_decay"])},
                 {"params": kept, "weight_decay": 0.0},
+                {"params": list(routers), "weight_decay": 0.0, "lr": rate * options["router_learning_rate_factor"]},
             ],
-            lr=float(options["learning_rate"]),
+            lr=rate,
             betas=(first, second),
         )
         schedule = LambdaLR(optimizer, self._learning_rate_factor)

@@ -155,6 +155,7 @@ def build_module(config: Config) -> LanguageModel:
         seed=config.seed,
         attend_across_documents=config.data.attend_across_documents,
         loss_coefficients=optimizer.pop("loss_coefficients"),
+        router_init_scale=optimizer.pop("router_init_scale"),
         compile=optimizer.pop("compile"),
         activation_checkpointing=optimizer.pop("activation_checkpointing"),
         optimizer=optimizer,

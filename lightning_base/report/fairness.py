@@ -13,7 +13,12 @@ from lightning_base.report.flat import flatten
 from lightning_base.report.read import Run
 
 # The router's own side of the configuration: what a comparison is about.
-ROUTER = ("router", "module.loss_coefficients")
+ROUTER = (
+    "router",
+    "module.loss_coefficients",
+    "module.router_init_scale",
+    "module.router_learning_rate_factor",
+)
 # Names and places; they change nothing that is computed.
 NAMING = (
     "name",

@@ -3,7 +3,6 @@
 Shapes: T tokens, D width, E experts, K experts per token, G routing groups.
 """
 
-import math
 import time
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -43,9 +42,6 @@ class BASE(Router):
         gate: what an expert's output is weighted by. ``sigmoid`` of the score is the paper's and near one half at first;
             ``twice_sigmoid`` is near one; ``softmax`` is the expert's share among all scores; ``one`` is no gate, so that
             the centroids stay as they were drawn.
-        centroid_gain: how long the centroids are at first.
-        centroid_rate: how many times faster than other weights the centroids learn: scores are this many times
-            those of parameters that start this many times shorter, which under Adam is a learning rate of their own.
     """
 
     causal = False
@@ -64,8 +60,6 @@ class BASE(Router):
         solver: str = "transport",
         top_k: int = 1,
         gate: str = "sigmoid",
-        centroid_gain: float = 0.1,
-        centroid_rate: float = 1.0,
     ) -> None:
         super().__init__(num_experts=num_experts, top_k=top_k)
         if solver not in SOLVERS:
@@ -78,11 +72,7 @@ class BASE(Router):
         check_orthogonal(num_experts, width, "BASE")
         if gate not in get_args(Gate):
             raise ValueError(f"router.gate={gate}: choose one of {', '.join(get_args(Gate))}")
-        for name, value in (("centroid_gain", centroid_gain), ("centroid_rate", centroid_rate)):
-            if not 0 < value < math.inf:
-                raise ValueError(f"router.{name}={value} is out of range: give a number above 0")
         self.solver, self.gate = solver, gate
-        self.centroid_gain, self.centroid_rate = centroid_gain, centroid_rate
         if solver == "greedy":
             # The best expert of each token by itself: nothing is balanced, and nothing looks ahead.
             self.causal, self.evaluation_modes = True, {"greedy": True, "balanced": True}
@@ -91,11 +81,11 @@ class BASE(Router):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        nn.init.orthogonal_(self.centroids, gain=self.centroid_gain / self.centroid_rate)
+        nn.init.orthogonal_(self.centroids, gain=0.1)
 
     def forward(self, tokens: Tensor, token_ids: Tensor, groups: RoutingGroups) -> RoutingPlan:
         with torch.autocast(tokens.device.type, enabled=False):
-            scores_TE = nn.functional.linear(tokens.float(), self.centroid_rate * self.centroids.float())
+            scores_TE = nn.functional.linear(tokens.float(), self.centroids.float())
         detached_TE = scores_TE.detach()
         # ``self.training`` decides, not whether gradients are on: a frozen layer in training still balances.
         aux = {"scores": detached_TE}
