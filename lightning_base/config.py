@@ -7,6 +7,7 @@ import re
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from lightning_base.instantiation import ConfigError, check_arguments, instantiate
@@ -59,6 +60,7 @@ class ModuleConfig:
     weight_decay: float = 0.0
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
     loss_coefficients: dict[str, float] = field(default_factory=dict)
+    initial_weights: str | None = None
     compile: bool = False
     activation_checkpointing: bool = False
 
@@ -240,6 +242,13 @@ def _check_across(config: Config) -> None:
     check_batch(
         config.data.global_batch, trainer.world_size, trainer.accumulate_grad_batches, config.data.routing_group
     )
+    start = config.module.initial_weights
+    if start is not None:
+        from lightning_base.checkpoint import verify
+
+        problem = verify(Path(start))
+        if problem is not None:
+            raise ConfigError(f"module.initial_weights={start}: {problem}; give a checkpoint that a run has left")
     if config.module.warmup_steps > trainer.max_steps:
         raise ConfigError(
             f"module.warmup_steps={config.module.warmup_steps} exceeds trainer.max_steps={trainer.max_steps}: "

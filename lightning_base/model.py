@@ -264,7 +264,7 @@ def initialize(model: nn.Module, seed: int, router_scale: float = 1.0) -> None:
     """Draws every parameter anew, each module from a generator seeded by ``seed`` and the module's name.
 
     So that a router with other or more parameters does not shift the weights of any other module. Inner modules come
-    first: what a module draws for its parts, such as a router for its gate, is what stays. The parameters of routers are
+    first: what a module draws for its parts, such as a router for its gate, is what stays. Parameters of routers are
     then multiplied by ``router_scale``.
     """
     with torch.random.fork_rng(devices=[]):

@@ -217,7 +217,7 @@ class LanguageModel(pl.LightningModule):
         set_evaluation_mode(self.model, mode)
 
     def configure_optimizers(self) -> Any:
-        """AdamW; weight decay on matrices alone, not on norms, embeddings and routers, which have a rate of their own."""
+        """AdamW; weight decay on matrices alone, not on norms, embeddings and routers. These have a rate of theirs."""
         options = self.optimizer_options
         rate = float(options["learning_rate"])
         decayed: list[nn.Parameter] = []

@@ -145,7 +145,8 @@ def build_data(config: Config, prepared: str | None = None) -> TextDataModule:
 def build_module(config: Config) -> LanguageModel:
     """The model and its optimizer, with its initial weights."""
     optimizer = asdict(config.module)
-    return LanguageModel(
+    start = optimizer.pop("initial_weights")
+    module = LanguageModel(
         router=config.router,
         model=asdict(config.model),
         max_steps=config.trainer.max_steps,
@@ -160,6 +161,23 @@ def build_module(config: Config) -> LanguageModel:
         activation_checkpointing=optimizer.pop("activation_checkpointing"),
         optimizer=optimizer,
     )
+    if start is not None:
+        load_weights(module, Path(start))
+    return module
+
+
+def load_weights(module: LanguageModel, path: Path) -> None:
+    """Puts the weights of another run's checkpoint in the place of those drawn.
+
+    Raises:
+        ConfigError: the checkpoint is one of another model.
+    """
+    try:
+        state = checkpoint.VerifiedCheckpointIO().load_checkpoint(path, weights_only=True)["state_dict"]
+        module.load_state_dict(state, strict=True)
+    except (KeyError, RuntimeError) as error:
+        why = " ".join(str(error).split())
+        raise ConfigError(f"module.initial_weights={path} does not fit the model: {why}") from error
 
 
 def build_trainer(config: Config, directory: Path, loggers: list[Logger], callbacks: list[pl.Callback]) -> pl.Trainer:

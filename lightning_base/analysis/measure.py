@@ -15,6 +15,7 @@ from lightning_base.analysis.route import Text
 from lightning_base.metrics.specialization import (
     Choices,
     concentration,
+    information,
     label_counts,
     label_totals,
     pair_counts,
@@ -37,6 +38,8 @@ class Labelled:
         control: [E, L], N(i, label) with the labels given to random tokens.
         concentration: share of the tokens that reach the favourite expert of their label; labels of `LEAST` tokens on.
         by_chance: the same with the labels given to random tokens.
+        information: I(expert; label) / H(expert), how much of the assignment the label explains.
+        information_by_chance: the same with the labels given to random tokens.
     """
 
     counts: Int64[Tensor, "E L"]
@@ -44,6 +47,8 @@ class Labelled:
     control: Int64[Tensor, "E L"]
     concentration: float
     by_chance: float
+    information: float
+    information_by_chance: float
 
 
 @dataclass(frozen=True)
@@ -155,6 +160,8 @@ def labelled(choices: Choices, labels_T: Int64[Tensor, " T"], num_labels: int) -
         control=control_EL,
         concentration=concentration(counts_EL, totals_L, LEAST),
         by_chance=concentration(control_EL, totals_L, LEAST),
+        information=information(counts_EL),
+        information_by_chance=information(control_EL),
     )
 
 

@@ -70,6 +70,8 @@ def summary_rows(findings: Findings) -> Iterator[Row]:
         for kind, found in kinds(layer).items():
             row[f"{kind}_concentration"] = found.concentration
             row[f"{kind}_concentration_by_chance"] = found.by_chance
+            row[f"{kind}_information"] = found.information
+            row[f"{kind}_information_by_chance"] = found.information_by_chance
         yield row
 
 

@@ -48,6 +48,10 @@ def prepared_corpus(config: Config) -> str:
     return PREPARED[key]
 
 
+# Fixed, whatever the default model is, so that figures of different versions compare.
+SMALL_STEP = ("model=every_other", "data.vocab_size=4096")
+
+
 class BareLoop:
     """Trains a model and data of its own, built from the same configuration as a run's, with nothing around the step.
 

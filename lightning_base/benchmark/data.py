@@ -17,7 +17,7 @@ import numpy as np
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from lightning_base.benchmark.bare import BareLoop, configuration
+from lightning_base.benchmark.bare import SMALL_STEP, BareLoop, configuration
 from lightning_base.benchmark.record import Form, Record, ratio_record
 from lightning_base.data.encode import SplitWriter, batches
 from lightning_base.data.python_stdlib import PythonStandardLibrary
@@ -30,7 +30,7 @@ LOADER_AIM, TOKENIZER_AIM = 20.0, 5.0  # times the model; MB/s a core
 
 def records(form: Form, compiled: bool) -> list[Record]:
     """Tokens per second of the loader over those of a training step; MB per second and core of the tokenizer."""
-    config, _ = configuration(["router=base", "trainer.max_steps=100000"])
+    config, _ = configuration(["router=base", *SMALL_STEP, "trainer.max_steps=100000"])
     loop = BareLoop(config)
     loop.run(2)
     tokens = config.data.global_batch * config.data.sequence_length

@@ -22,7 +22,7 @@ from omegaconf import OmegaConf
 from tqdm import tqdm
 
 from lightning_base import train
-from lightning_base.benchmark.bare import BareLoop, configuration, prepared_corpus
+from lightning_base.benchmark.bare import SMALL_STEP, BareLoop, configuration, prepared_corpus
 from lightning_base.benchmark.ledger import Ledger, charge_module, charge_trainer
 from lightning_base.benchmark.record import Form, Record, ratio_record
 from lightning_base.config import Config
@@ -55,7 +55,7 @@ def compare(router: str, turns: int, overrides: tuple[str, ...] = ()) -> list[Re
         RuntimeError: the two did not compute the same losses.
     """
     steps = turns * TURN
-    given = [f"router={router}", f"trainer.max_steps={steps}", "data.validation_sequences=16", *overrides]
+    given = [f"router={router}", *SMALL_STEP, f"trainer.max_steps={steps}", "data.validation_sequences=16", *overrides]
     # Once, at the very end: neither is part of a step.
     given += [f"trainer.{what}_every_n_steps={steps}" for what in ("validate", "checkpoint")]
     config, plain = configuration(given)

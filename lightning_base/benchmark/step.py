@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor, nn
 
-from lightning_base.benchmark.bare import BareLoop, configuration
+from lightning_base.benchmark.bare import SMALL_STEP, BareLoop, configuration
 from lightning_base.benchmark.record import Form, Record, ratio_record
 from lightning_base.benchmark.slots import SlottedExperts
 from lightning_base.benchmark.timing import Seconds, interleaved
@@ -64,7 +64,7 @@ def records(form: Form, compiled: bool) -> list[Record]:
 
 def make_loop(router: str, *overrides: str) -> BareLoop:
     """The bare loop of one arm on the project's own corpus."""
-    given = [f"model.{key}={value}" for key, value in MODEL.items()]
+    given = [*SMALL_STEP, *(f"model.{key}={value}" for key, value in MODEL.items())]
     given += [f"data.global_batch={SEQUENCES}", f"data.sequence_length={LENGTH}", *overrides]
     return BareLoop(configuration([f"router={router}", *given])[0])
 

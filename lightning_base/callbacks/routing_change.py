@@ -20,7 +20,7 @@ class RoutingChange(pl.Callback):
 
     ``routing_change/<step|validation>/<layer|mean>``: the share of the tokens, of all ranks, whose set of experts is
     another one after one optimizer step, and since the validation before. The batch is the first of each rank. Hidden
-    states are those of evaluation; each layer's router routes as it does in training, by a copy of it, so that it learns
+    states are those of evaluation; each layer's router routes as it does in training, by a copy, so that it learns
     nothing from this. Nothing is measured of a router that knows no other text (``any_text``).
     """
 

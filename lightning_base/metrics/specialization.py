@@ -112,6 +112,18 @@ def concentration(counts_EL: Int64[Tensor, "E L"], totals_L: Int64[Tensor, " L"]
     return float(counts_EL.amax(0)[held_L].sum().double() / or_nan(totals_L[held_L].sum()))
 
 
+def information(counts_EL: Int64[Tensor, "E L"]) -> float:
+    """How much of the assignment a label explains: I(expert; label) / H(expert), from 0 to 1.
+
+    Mutual information normalised by the entropy of the expert. 1: the label tells the expert; 0: it tells nothing. Few
+    tokens per label look like information: compare with labels that are `shuffled`. NaN if one expert has all tokens.
+    """
+    joint_EL = counts_EL.double() / or_nan(counts_EL.sum())
+    entropies = [-float(torch.special.xlogy(p, p).sum()) for p in (joint_EL.sum(1), joint_EL.sum(0), joint_EL)]
+    expert, label, both = entropies
+    return (expert + label - both) / expert if expert > 0 else float("nan")
+
+
 def shuffled(labels_T: Int64[Tensor, " T"], seed: int = 0) -> Int64[Tensor, " T"]:
     """The same labels given to random tokens: the control under which no expert can know a label."""
     order_T = torch.randperm(len(labels_T), generator=torch.Generator().manual_seed(seed))

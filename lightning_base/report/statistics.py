@@ -64,7 +64,8 @@ def interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Interva
         raise ValueError(f"an interval needs finite numbers, at least one: {list(values)}")
     mean, n = float(found.mean()), len(found)
     if n == 1:
-        return Interval(mean, *[math.nan] * 6, n)
+        unknown = math.nan
+        return Interval(mean, unknown, unknown, unknown, unknown, unknown, unknown, n)
     spread = float(found.std(ddof=1))
     if spread == 0.0:
         return Interval(mean, mean, mean, mean, mean, 0.0, 1.0 if mean == 0.0 else 0.0, n)
@@ -86,7 +87,7 @@ def paired(one: Sequence[float], other: Sequence[float], confidence: float = CON
 def holm(p_values: Sequence[float]) -> list[float]:
     """p values corrected for how many there are, in the order given (Holm 1979, A simple sequentially rejective ...).
 
-    The smallest is multiplied by their number m, the next by m - 1, and so on; none becomes smaller than the one before.
+    The smallest is multiplied by their number m, the next by m - 1, and so on; none becomes smaller than one before it.
     """
     order = sorted(range(len(p_values)), key=lambda i: p_values[i])
     corrected, least = [0.0] * len(p_values), 0.0

@@ -16,6 +16,7 @@ from lightning_base.metrics.specialization import (
     choices_of,
     coactivation,
     concentration,
+    information,
     label_counts,
     label_totals,
     lift,
@@ -90,6 +91,18 @@ def test_a_dropped_token_counts_for_its_label_but_at_no_expert() -> None:
     choices = chosen((0,), (), num_experts=2)
     counts, totals = label_counts(choices, torch.tensor([0, 0]), 1), torch.tensor([2])
     assert rows(specialization(counts, totals)) == [[0.5], [0]]
+
+
+def test_information_by_hand() -> None:
+    # The label tells the expert.
+    assert information(torch.tensor([[3, 0], [0, 5]])) == pytest.approx(1)
+    # The label tells nothing.
+    assert information(torch.tensor([[2, 4], [1, 2]])) == pytest.approx(0, abs=1e-12)
+    # Counts 2 1 / 0 1 of four tokens. H(expert) of (3/4, 1/4); given label 0 it is certain, given label 1 one bit; so
+    # I = H(expert) - 1/2 ln 2.
+    entropy = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
+    assert information(torch.tensor([[2, 1], [0, 1]])) == pytest.approx(1 - 0.5 * math.log(2) / entropy)
+    assert math.isnan(information(torch.tensor([[4, 3], [0, 0]])))
 
 
 def test_concentration_is_how_often_the_favourite_expert_of_a_label_is_right() -> None:

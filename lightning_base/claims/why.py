@@ -1,0 +1,158 @@
+"""Why BASE comes last in a short run: every suspicion an experiment, every experiment a table."""
+
+from collections.abc import Callable, Mapping, Sequence
+
+from lightning_base.claims.studies import Arm, Studies, difference, final_loss, last, loss_at, mean, over_run
+from lightning_base.claims.verdict import Rows, plain, signed
+from lightning_base.report.statistics import holm
+
+NAMES = {"Dense": "dense", "BASE": "base", "Switch": "switch", "TopK": "top_k", "Hash": "hash"}
+
+
+def against(reference: str, arms: Mapping[str, Arm], *, same_model: bool = True) -> Rows:
+    """Each arm's loss, and its difference from one of them, with p values corrected for their number."""
+    found = {
+        name: difference(arm, arms[reference], same_model=same_model) for name, arm in arms.items() if name != reference
+    }
+    corrected = dict(zip(found, holm([gap.p for gap in found.values()]), strict=True))
+    rows: Rows = [["arm", "seeds", "loss", f"minus {reference}", "corrected p", "noise between seeds"]]
+    for name, arm in arms.items():
+        row = [name, str(len(arm)), plain(mean(arm))]
+        more = (
+            [signed(found[name]), f"{corrected[name]:.3f}", f"{found[name].spread:.4f}"] if name in found else [""] * 3
+        )
+        rows.append([*row, *more])
+    return rows
+
+
+def compared(studies: Studies) -> Rows:
+    """The default comparison, against dense."""
+    return against("dense", {name: studies.arm("compare", router) for router, name in NAMES.items()})
+
+
+def movement(studies: Studies) -> Rows:
+    """How many tokens of a fixed text change experts, early, late and over a run."""
+    rows: Rows = [["arm", "in one step, early", "in one step, late", "in 20 steps, late", "loss"]]
+    arms = {name: studies.arm("compare", router) for router, name in NAMES.items() if router != "Dense"}
+    scaled = {
+        f"base, routers {s} times larger": studies.arm("router_scale", "BASE", module__router_init_scale=s)
+        for s in (3, 10)
+    }
+    for name, arm in {**arms, **scaled}.items():
+        early, late = at_end("routing_change/step/mean", first=True), last("routing_change/step/mean")
+        over = last("routing_change/validation/mean")
+        rows.append([name, *(plain(mean(arm, read), 3) for read in (early, late, over)), plain(mean(arm))])
+    return rows
+
+
+def at_end(name: str, *, first: bool) -> Callable:
+    return lambda run: float(run.series[name].values[0 if first else -1])
+
+
+def gates(studies: Studies) -> Rows:
+    arms = {
+        gate: studies.arm("gate", "BASE", router__gate=gate) for gate in ("sigmoid", "twice_sigmoid", "softmax", "one")
+    }
+    return against("sigmoid", arms)
+
+
+def scales(studies: Studies) -> Rows:
+    """The same factor on the first weights of every learned router."""
+    return grid(studies, "router_scale", "module__router_init_scale", (1, 3, 10), ("BASE", "Switch", "TopK"))
+
+
+def router_rates(studies: Studies) -> Rows:
+    return grid(
+        studies, "router_learning_rate", "module__router_learning_rate_factor", (0.1, 1, 10), ("BASE", "Switch")
+    )
+
+
+def rates(studies: Studies) -> Rows:
+    return grid(studies, "learning_rate", "module__learning_rate", (1.25e-3, 2.5e-3, 5e-3), ("Dense", "BASE", "Switch"))
+
+
+def norms(studies: Studies) -> Rows:
+    return grid(studies, "router_norm", "model__router_norm", (True, False), ("BASE", "Switch"))
+
+
+def numbers(studies: Studies) -> Rows:
+    return grid(studies, "num_experts", "router__num_experts", (2, 8, 32), ("BASE", "Switch"))
+
+
+def places(studies: Studies) -> Rows:
+    return grid(studies, "placement", "model__sparse_layers", (1, [2], [1, 2]), ("BASE", "Switch"))
+
+
+def groups(studies: Studies) -> Rows:
+    return grid(studies, "group_size", "data__routing_group", (2, 4, 8, 16), ("BASE",))
+
+
+def loss_weights(studies: Studies) -> Rows:
+    key = "module__loss_coefficients__load_balancing_loss"
+    return grid(studies, "loss_weight", key, (0, 0.001, 0.01, 0.1), ("Switch",))
+
+
+def grid(studies: Studies, experiment: str, key: str, values: Sequence, routers: Sequence[str]) -> Rows:
+    """A row per value, a column per router; below two routers' losses their paired difference."""
+    name = key.replace("__", ".")
+    heading = [name, *(NAMES[router] for router in routers)]
+    if len(routers) > 1:
+        heading += [f"base minus {NAMES[router]}" for router in routers if router != "BASE"]
+    rows: Rows = [heading]
+    for value in values:
+        arms = {router: studies.arm(experiment, router, **{key: value}) for router in routers}
+        row = [str(value), *(plain(mean(arm)) for arm in arms.values())]
+        if len(routers) > 1:
+            row += [signed(difference(arms["BASE"], arm)) for router, arm in arms.items() if router != "BASE"]
+        rows.append(row)
+    return rows
+
+
+def longer(studies: Studies) -> Rows:
+    """Differences from dense along a run of ten times the default's length."""
+    arms = {name: studies.arm("length", router) for router, name in NAMES.items() if router != "TopK"}
+    rows: Rows = [["step", "dense", *(f"{name} minus dense" for name in arms if name != "dense")]]
+    for step in (80, 160, 320, 480, 640, 800, 1120, 1600):
+        read = loss_at(step)
+        gaps = [signed(difference(arm, arms["dense"], read)) for name, arm in arms.items() if name != "dense"]
+        rows.append([str(step), plain(mean(arms["dense"], read)), *gaps])
+    whole = [signed(difference(arm, arms["dense"], final_loss)) for name, arm in arms.items() if name != "dense"]
+    return [*rows, ["whole text, at the end", plain(mean(arms["dense"])), *whole]]
+
+
+def replayed(studies: Studies) -> Rows:
+    """BASE trained from the first step with the plan that BASE ends with."""
+    arms = {
+        "base": studies.arm("compare", "BASE"),
+        "the last plan from the first step": studies.arm("replay_final", "Replay", router__weight="learned"),
+        "the same without a gate": studies.arm("replay_final", "Replay", router__weight="one"),
+        "hash": studies.arm("compare", "Hash"),
+    }
+    return against("base", arms)
+
+
+def balance_over_training(studies: Studies) -> Rows:
+    """max_vio of what routers ask for in training, inside a routing group, and the loss."""
+    rows: Rows = [["arm", "max_vio of the demand in training", "max_vio in evaluation", "loss"]]
+    for router, name in NAMES.items():
+        arm = studies.arm("compare", router)
+        read = (over_run("train_group/max_vio/demand/mean"), last("final_pass/max_vio/demand/mean"))
+        rows.append([name, *(plain(mean(arm, one), 3) for one in read), plain(mean(arm))])
+    return rows
+
+
+TABLES: dict[str, Callable[[Studies], Rows]] = {
+    "compared": compared,
+    "movement": movement,
+    "gates": gates,
+    "scales": scales,
+    "router_rates": router_rates,
+    "rates": rates,
+    "norms": norms,
+    "numbers": numbers,
+    "places": places,
+    "groups": groups,
+    "loss_weights": loss_weights,
+    "longer": longer,
+    "replayed": replayed,
+}
