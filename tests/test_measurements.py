@@ -14,7 +14,7 @@ from lightning_base.config import read_config
 from lightning_base.train import build_module
 
 EXPERTS = 4
-STEPS = ("trainer.max_steps=4", "trainer.log_every_n_steps=2", "trainer.validate_every_n_steps=4")
+STEPS = ("trainer.max_steps=4", "trainer.log_every_n_steps=2", "trainer.validate_every_n_steps=2")
 PHASES = (
     "router",
     "assignment",
@@ -73,6 +73,21 @@ def last(path: Path, name: str) -> float:
 def rows(path: Path, file: str) -> list[dict[str, str]]:
     with open(path / file, newline="") as opened:
         return list(csv.DictReader(opened))
+
+
+@pytest.mark.parametrize("arm", ["base", "switch", "two_ranks", "uniform"])
+def test_tokens_that_change_their_experts_are_counted_after_a_step_and_since_the_last_validation(
+    runs: dict[str, Path], arm: str
+) -> None:
+    validations = [step for step, _ in program.series(runs[arm], "validation/loss")]
+    over = {name: dict(program.series(runs[arm], f"routing_change/{name}/mean")) for name in ("step", "validation")}
+    assert list(over["validation"]) == validations[1:]
+    assert list(over["step"]) == [step + 1 for step in validations[:-1]]
+    for found in over.values():
+        shares = list(found.values())
+        assert all(0 <= share <= 1 for share in shares)
+        # The position alone decides for uniform; a learning rate above 0 moves some tokens of the others.
+        assert any(shares) == (arm != "uniform")
 
 
 @pytest.mark.parametrize(("arm", "idle"), [("uniform", 0), ("skewed", 1 - 1 / EXPERTS), ("base", 0)])

@@ -23,11 +23,12 @@ def with_optimizer(router: str, **options: object) -> LanguageModel:
 @pytest.mark.parametrize("router", ["base", "top_k"])
 def test_matrices_decay_and_norms_embeddings_and_routers_do_not(router: str) -> None:
     module = with_optimizer(router, weight_decay=0.5)
-    decayed, kept = module.configure_optimizers()["optimizer"].param_groups
-    assert (decayed["weight_decay"], kept["weight_decay"]) == (0.5, 0.0)
+    decayed, kept, routers = module.configure_optimizers()["optimizer"].param_groups
+    assert (decayed["weight_decay"], kept["weight_decay"], routers["weight_decay"]) == (0.5, 0.0, 0.0)
     names = {id(parameter): name.removeprefix("model.") for name, parameter in module.named_parameters()}
     found = {names[id(parameter)] for parameter in decayed["params"]}
-    assert len(decayed["params"]) + len(kept["params"]) == len(names)
+    assert len(decayed["params"]) + len(kept["params"]) + len(routers["params"]) == len(names)
+    assert {names[id(p)] for p in routers["params"]} == {name for name in names.values() if "router" in name}
     # Of each of the two blocks the matrices of attention; of the first its feed-forward, of the second the experts.
     assert all("attention" in name or "feed_forward" in name for name in found)
     assert any("attention" in name for name in found)
@@ -38,6 +39,24 @@ def test_matrices_decay_and_norms_embeddings_and_routers_do_not(router: str) -> 
     assert any("router" in name for name in spared)
     assert any("norm" in name for name in spared)
     assert "embedding.weight" in spared
+
+
+@pytest.mark.parametrize("router", ["base", "top_k", "hash"])
+def test_routers_learn_at_a_rate_of_their_own(router: str) -> None:
+    module = with_optimizer(router, router_learning_rate_factor=10.0)
+    optimizer = module.configure_optimizers()["optimizer"]
+    decayed, kept, routers = (group["initial_lr"] for group in optimizer.param_groups)
+    assert decayed == kept == 3e-3
+    assert routers == pytest.approx(3e-2)
+
+
+@pytest.mark.parametrize("router", ["base", "switch"])
+def test_a_scale_makes_routers_larger_and_nothing_else(router: str) -> None:
+    usual = dict(language_model(router, max_steps=1).named_parameters())
+    scaled = dict(language_model(router, max_steps=1, router_init_scale=10.0).named_parameters())
+    assert set(usual) == set(scaled)
+    for name, parameter in usual.items():
+        torch.testing.assert_close(scaled[name], parameter * (10.0 if "router" in name else 1.0))
 
 
 @pytest.mark.parametrize(

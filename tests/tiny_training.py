@@ -32,6 +32,7 @@ def language_model(router: str, *, max_steps: int, learning_rate: float = 3e-3, 
         "warmup_steps": 0,
         "schedule": "constant",
         "final_learning_rate": 0.0,
+        "router_learning_rate_factor": 1.0,
         "weight_decay": 0.0,
         "betas": [0.9, 0.95],
     }

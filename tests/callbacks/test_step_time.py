@@ -100,6 +100,7 @@ def module_of(checkpointed: bool) -> LanguageModel:
             "schedule": "constant",
             "final_learning_rate": 0.01,
             "weight_decay": 0.0,
+            "router_learning_rate_factor": 1.0,
             "betas": [0.9, 0.95],
         },
         max_steps=6,

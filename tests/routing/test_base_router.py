@@ -1,5 +1,7 @@
 """BASE: balanced in training, greedy in evaluation, learning through its sigmoid gate alone."""
 
+import math
+
 import pytest
 import scipy.optimize
 import torch
@@ -93,6 +95,31 @@ def test_the_gate_is_the_sigmoid_of_the_assigned_score_and_nothing_else_learns()
         gradient[expert] += slope * tokens[t].detach()
         torch.testing.assert_close(tokens.grad[t], slope * router.centroids[expert].detach(), atol=1e-6, rtol=1e-4)
     torch.testing.assert_close(router.centroids.grad, gradient, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("gate", "expected"),
+    [
+        # Scores of one token: 0 for all experts but the one that it gets, which has ln 3.
+        ("sigmoid", 0.75),
+        ("twice_sigmoid", 1.5),
+        ("softmax", 0.5),  # 3 / (3 + 3 x 1) with four experts
+        ("one", 1.0),
+    ],
+)
+def test_gates_by_hand(gate: str, expected: float) -> None:
+    router = BASE(num_experts=4, width=4, gate=gate).eval()
+    with torch.no_grad():
+        router.centroids.copy_(torch.eye(4) * math.log(3))
+    plan = router(torch.eye(4)[[2]], torch.zeros(1, dtype=torch.int64), groups_of(1))
+    assert plan.expert_index.tolist() == [2]
+    assert plan.weight.item() == pytest.approx(expected)
+    assert router.centroids.requires_grad == (gate != "one")
+
+
+def test_an_unknown_gate_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"router\.gate=tanh: choose one of sigmoid, twice_sigmoid, softmax, one"):
+        BASE(num_experts=4, width=4, gate="tanh")
 
 
 def test_centroids_start_orthogonal_with_gain_a_tenth() -> None:
