@@ -5,6 +5,13 @@ BIN := $(VENV)/bin
 EXPERIMENT ?= compare
 ARGS ?=
 RUNS ?= runs
+SEEDS ?= 1,2,3
+# Arms are compared seed by seed; an experiment that lists seeds of its own, or ARGS with some, is left as it is.
+seeds = $(if $(or $(findstring seed=,$(ARGS)),$(shell grep -sl '^ *seed:' conf/experiment/$(EXPERIMENT).yaml)),,seed=$(SEEDS))
+# What docs/claims.md is made from, in the order in which one needs another.
+CLAIMS := compare gate router_scale router_learning_rate learning_rate router_norm num_experts placement expert_size \
+	group_size solver paper final_plan replay_final length english
+ABLATIONS := $(filter-out final_plan,$(patsubst conf/experiment/%.yaml,%,$(wildcard conf/experiment/*.yaml)))
 
 .DEFAULT_GOAL := help
 
@@ -36,10 +43,10 @@ setup: $(VENV)/installed  ## Makes .venv from constraints.txt, with what trainin
 setup-dev: $(VENV)/installed-dev  ## The same with what tests, checks and benchmarks need
 
 .PHONY: experiment
-experiment: setup  ## EXPERIMENT=name ARGS="key=value ..." FRESH=1 to start over: runs conf/experiment/name.yaml
+experiment: setup  ## EXPERIMENT=name SEEDS=1,2,3 ARGS="key=value ..." FRESH=1 to start over: runs conf/experiment/name.yaml
 	@$(if $(EXPERIMENT),,echo "error: say which: make experiment EXPERIMENT=compare" && exit 2)
 	@$(if $(filter 1,$(FRESH)),rm -rf "$(RUNS)/$(EXPERIMENT)")
-	@$(BIN)/python experiments/train.py experiment=$(EXPERIMENT) name=$(EXPERIMENT) "runs_dir=$(RUNS)" $(ARGS); code=$$?; \
+	@$(BIN)/python experiments/train.py experiment=$(EXPERIMENT) name=$(EXPERIMENT) "runs_dir=$(RUNS)" $(seeds) $(ARGS); code=$$?; \
 	if [ $$code -ne 2 ] && [ $$code -ne 130 ] && [ -d "$(RUNS)/$(EXPERIMENT)" ]; then \
 		$(BIN)/python experiments/report.py "$(RUNS)/$(EXPERIMENT)" || [ $$code -ne 0 ] || code=$$?; \
 	fi; exit $$code
@@ -48,6 +55,15 @@ experiment: setup  ## EXPERIMENT=name ARGS="key=value ..." FRESH=1 to start over
 ablation:  ## NAME=name: the same as experiment, for an ablation
 	@$(if $(NAME),,echo "error: say which: make ablation NAME=capacity_factor" && exit 2)
 	@$(MAKE) --no-print-directory experiment EXPERIMENT=$(NAME)
+
+.PHONY: ablations
+ablations: setup-dev  ## All experiments, one after the other; those that are done are skipped
+	@for name in $(CLAIMS) $(filter-out $(CLAIMS),$(ABLATIONS)); do $(MAKE) --no-print-directory experiment EXPERIMENT=$$name || exit; done
+
+.PHONY: claims
+claims: setup-dev  ## Runs what the paper's claims are judged by, goes on where it was, and fills docs/claims.md
+	@for name in $(CLAIMS); do $(MAKE) --no-print-directory experiment EXPERIMENT=$$name || exit; done
+	@$(BIN)/python experiments/claims.py "$(RUNS)" $(ARGS)
 
 .PHONY: report
 report: setup  ## EXPERIMENT=name: writes and names the report of what has run

@@ -60,12 +60,13 @@ class Studies:
             self._read[name] = sound
         return self._read[name]
 
-    def arm(self, experiment: str, router: str, **options: Any) -> Arm:
+    def arm(self, experiment: str, router: str, where: Callable[[Run], bool] = lambda run: True, **options: Any) -> Arm:
         """The runs of one arm by seed.
 
         Args:
             experiment: its name.
             router: class of the router, as the ledger has it.
+            where: what else has to hold of a run.
             options: configuration values that pick the arm; ``__`` stands for a dot.
 
         Raises:
@@ -76,7 +77,8 @@ class Studies:
         found: Arm = {}
         for run in self.experiment(experiment):
             values = flatten(run.config)
-            if run.ledger["router"] == router and all(values.get(key) == value for key, value in wanted.items()):
+            named = run.ledger["router"] == router and all(values.get(key) == value for key, value in wanted.items())
+            if named and where(run):
                 if run.seed in found:
                     raise ValueError(f"{experiment}: {found[run.seed].name} and {run.name} are both {router} {wanted}")
                 found[run.seed] = run

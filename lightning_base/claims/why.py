@@ -1,10 +1,13 @@
 """Why BASE comes last in a short run: every suspicion an experiment, every experiment a table."""
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
-from lightning_base.claims.studies import Arm, Studies, difference, final_loss, last, loss_at, mean, over_run
+from lightning_base.claims.studies import Arm, Studies, difference, final_loss, last, loss_at, mean
 from lightning_base.claims.verdict import Rows, plain, signed
+from lightning_base.report.read import Run
 from lightning_base.report.statistics import holm
+from lightning_base.run_directory import read_json
 
 NAMES = {"Dense": "dense", "BASE": "base", "Switch": "switch", "TopK": "top_k", "Hash": "hash"}
 
@@ -25,9 +28,9 @@ def against(reference: str, arms: Mapping[str, Arm], *, same_model: bool = True)
     return rows
 
 
-def compared(studies: Studies) -> Rows:
+def compared(studies: Studies, experiment: str = "compare") -> Rows:
     """The default comparison, against dense."""
-    return against("dense", {name: studies.arm("compare", router) for router, name in NAMES.items()})
+    return against("dense", {name: studies.arm(experiment, router) for router, name in NAMES.items()})
 
 
 def movement(studies: Studies) -> Rows:
@@ -122,23 +125,31 @@ def longer(studies: Studies) -> Rows:
 
 def replayed(studies: Studies) -> Rows:
     """BASE trained from the first step with the plan that BASE ends with."""
-    arms = {
-        "base": studies.arm("compare", "BASE"),
-        "the last plan from the first step": studies.arm("replay_final", "Replay", router__weight="learned"),
-        "the same without a gate": studies.arm("replay_final", "Replay", router__weight="one"),
-        "hash": studies.arm("compare", "Hash"),
-    }
-    return against("base", arms)
-
-
-def balance_over_training(studies: Studies) -> Rows:
-    """max_vio of what routers ask for in training, inside a routing group, and the loss."""
-    rows: Rows = [["arm", "max_vio of the demand in training", "max_vio in evaluation", "loss"]]
-    for router, name in NAMES.items():
-        arm = studies.arm("compare", router)
-        read = (over_run("train_group/max_vio/demand/mean"), last("final_pass/max_vio/demand/mean"))
-        rows.append([name, *(plain(mean(arm, one), 3) for one in read), plain(mean(arm))])
+    rows: Rows = [["plan", "trained with it, its own gate", "replayed, sigmoid gate", "replayed, no gate"]]
+    for name, scale, own in (
+        ("BASE", 1, studies.arm("compare", "BASE")),
+        ("BASE", 10, studies.arm("router_scale", "BASE", module__router_init_scale=10)),
+        ("Hash", 1, studies.arm("compare", "Hash")),
+    ):
+        title = NAMES[name] + (", centroids ten times longer" if scale != 1 else "")
+        replays = [
+            studies.arm("replay_final", "Replay", made_from(name, scale), router__weight=weight)
+            for weight in ("learned", "one")
+        ]
+        rows.append(
+            [title, plain(mean(own)), *(f"{plain(mean(arm))}; {signed(difference(arm, own))}" for arm in replays)]
+        )
     return rows
+
+
+def made_from(router: str, scale: float) -> Callable[[Run], bool]:
+    """Whether a replay's plan is from this router, whose weights were this much larger at first."""
+
+    def holds(run: Run) -> bool:
+        source = read_json(Path(run.config["router"]["source"]) / "manifest.json")
+        return source["ledger"]["router"] == router and source["config"]["module"]["router_init_scale"] == scale
+
+    return holds
 
 
 TABLES: dict[str, Callable[[Studies], Rows]] = {
@@ -155,4 +166,5 @@ TABLES: dict[str, Callable[[Studies], Rows]] = {
     "loss_weights": loss_weights,
     "longer": longer,
     "replayed": replayed,
+    "english": lambda studies: compared(studies, "english"),
 }
