@@ -3,15 +3,29 @@
 Shapes: N sparse layers, E experts, G routing groups, W ranks.
 """
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from jaxtyping import Int64
 from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_base.metrics.balance import BALANCE
 from lightning_base.routing.plan import RoutingPlan
+
+# What is one number per layer.
+SINGLE = (
+    "group_count",
+    "slots",
+    "limited",
+    "weight_sum",
+    "entropy_sum",
+    "entropy_tokens",
+    "tokens",
+    "left_behind",
+)
 
 
 class ExpertLoad(Metric):
@@ -30,17 +44,7 @@ class ExpertLoad(Metric):
 
     # ``forward`` would otherwise merge states by how they are reduced, and ``rank_load`` is not.
     full_state_update = True
-    demand: Tensor
-    load: Tensor
-    group_sums: Tensor
-    group_count: Tensor
-    slots: Tensor
-    limited: Tensor
-    weight_sum: Tensor
-    entropy_sum: Tensor
-    entropy_tokens: Tensor
-    tokens: Tensor
-    left_behind: Tensor
+    sums: Tensor
     rank_load: Tensor
 
     def __init__(self, layers: list[str], num_experts: int | Sequence[int], **kwargs: Any) -> None:
@@ -48,65 +52,78 @@ class ExpertLoad(Metric):
         self.layers = list(layers)
         self.num_experts = [num_experts] * len(layers) if isinstance(num_experts, int) else list(num_experts)
         size, most = len(layers), max(self.num_experts)
-
-        def add(name: str, *shape: int, dtype: torch.dtype = torch.int64, reduce: str | None = "sum") -> None:
-            self.add_state(name, torch.zeros(size, *shape, dtype=dtype), dist_reduce_fx=reduce)
-
-        add("demand", most)
-        add("load", most)
-        add("group_sums", 2, len(BALANCE), dtype=torch.float64)
-        add("group_count")
-        add("slots")
-        add("limited")
-        add("weight_sum", dtype=torch.float64)
-        add("entropy_sum", dtype=torch.float64)
-        add("entropy_tokens")
-        add("tokens")
-        add("left_behind")
+        widths = {"demand": most, "load": most, "group_sums": 2 * len(BALANCE)} | dict.fromkeys(SINGLE, 1)
+        ends = list(itertools.accumulate(widths.values()))
+        self._columns = {name: slice(end - n, end) for (name, n), end in zip(widths.items(), ends, strict=True)}
+        # One state for all sums, since each state costs three collectives. Whole numbers below 2^53 are exact.
+        self.add_state("sums", torch.zeros(size, ends[-1], dtype=torch.float64), dist_reduce_fx="sum")
         # Not reduced: after a sync it is stacked to [W, N], which is what a comparison of ranks needs.
-        add("rank_load", reduce=None)
+        self.add_state("rank_load", torch.zeros(size, dtype=torch.int64), dist_reduce_fx=None)
+
+    @property
+    def demand(self) -> Int64[Tensor, "N E"]:
+        """Assignments that each layer's experts were asked for."""
+        return self._part("demand").long()
+
+    @property
+    def load(self) -> Int64[Tensor, "N E"]:
+        """Assignments that they computed."""
+        return self._part("load").long()
+
+    @property
+    def tokens(self) -> Int64[Tensor, " N"]:
+        """Tokens that each layer has routed."""
+        return self._part("tokens").long()
+
+    def _part(self, name: str) -> Tensor:
+        """The columns of a sum, [N, columns], or [N] of a single one: a view."""
+        found = self.sums[:, self._columns[name]]
+        return found[:, 0] if name in SINGLE else found
 
     def update(self, plans: Mapping[str, RoutingPlan]) -> None:
         """Adds one forward pass: the plan of each layer, by name."""
+        demand, load, group_sums = (self._part(name) for name in ("demand", "load", "group_sums"))
+        single = {name: self._part(name) for name in SINGLE}
         for i, name in enumerate(self.layers):
             plan = plans[name]
             group_load = plan.group_load
-            self.demand[i, : plan.num_experts] += plan.demand
-            self.load[i, : plan.num_experts] += plan.load
+            demand[i, : plan.num_experts] += plan.demand
+            load[i, : plan.num_experts] += plan.load
             self.rank_load[i] += len(plan.token_index)
-            self.tokens[i] += plan.num_tokens
-            self.left_behind[i] += plan.tokens_left_behind
-            self.weight_sum[i] += plan.weight.detach().double().sum()
+            single["tokens"][i] += plan.num_tokens
+            single["left_behind"][i] += plan.tokens_left_behind
+            single["weight_sum"][i] += plan.weight.detach().double().sum()
             if plan.capacity is not None:
-                self.slots[i] += plan.capacity.sum() * plan.num_experts
-                self.limited[i] += len(plan.token_index)
+                single["slots"][i] += plan.capacity.sum() * plan.num_experts
+                single["limited"][i] += len(plan.token_index)
             probabilities = plan.aux.get("probabilities")
             if probabilities is not None:
-                self.entropy_sum[i] += -torch.special.xlogy(probabilities, probabilities).sum().double()
-                self.entropy_tokens[i] += len(probabilities)
+                single["entropy_sum"][i] += -torch.special.xlogy(probabilities, probabilities).sum().double()
+                single["entropy_tokens"][i] += len(probabilities)
             # Groups that are all padding have no balance; they are left out of the mean over groups.
             held = plan.group_demand.sum(1) > 0
             for j, counts in enumerate((plan.group_demand[held], group_load[held])):
                 values = torch.stack([function(counts).nan_to_num(0.0).sum() for function in BALANCE.values()])
-                self.group_sums[i, j] += values
-            self.group_count[i] += held.sum()
+                group_sums[i, j * len(BALANCE) : (j + 1) * len(BALANCE)] += values
+            single["group_count"][i] += held.sum()
 
     def compute(self) -> dict[str, Tensor]:
         """All metrics, as 0-dim float tensors."""
-        asked = self.demand.sum(1)
-        dispatched = self.load.sum(1)
+        demand, load, group_sums = self.demand, self.load, self._part("group_sums")
+        single = {name: self._part(name) for name in SINGLE}
+        asked, dispatched = demand.sum(1), load.sum(1)
         per_layer: dict[str, Tensor] = {}
-        for j, (side, counts) in enumerate((("demand", self.demand), ("load", self.load))):
+        for j, (side, counts) in enumerate((("demand", demand), ("load", load))):
             for m, (name, function) in enumerate(BALANCE.items()):
                 per_layer[f"window/{name}/{side}"] = self._of_each_layer(function, counts)
-                per_layer[f"group/{name}/{side}"] = self.group_sums[:, j, m] / self.group_count
+                per_layer[f"group/{name}/{side}"] = group_sums[:, j * len(BALANCE) + m] / single["group_count"]
         per_layer["window/drop_rate"] = 1 - dispatched / asked
-        per_layer["window/tokens_left_behind"] = self.left_behind / self.tokens
-        per_layer["window/router_confidence"] = self.weight_sum / dispatched
-        if bool((self.slots > 0).any()):
-            per_layer["window/capacity_usage"] = self.limited / self.slots
-        if bool((self.entropy_tokens > 0).any()):
-            per_layer["window/gate_entropy"] = self.entropy_sum / self.entropy_tokens
+        per_layer["window/tokens_left_behind"] = single["left_behind"] / single["tokens"]
+        per_layer["window/router_confidence"] = single["weight_sum"] / dispatched
+        if bool((single["slots"] > 0).any()):
+            per_layer["window/capacity_usage"] = single["limited"] / single["slots"]
+        if bool((single["entropy_tokens"] > 0).any()):
+            per_layer["window/gate_entropy"] = single["entropy_sum"] / single["entropy_tokens"]
         per_rank = self.rank_load.reshape(-1, len(self.layers)).double()
         per_layer["window/overload_factor"] = per_rank.amax(0) / per_rank.mean(0)
 
