@@ -86,6 +86,16 @@ class Studies:
             raise MissingError(f"{experiment} has no finished run of {router} {wanted or ''}".rstrip())
         return dict(sorted(found.items()))
 
+    def either(self, experiment: str, router: str, **options: Any) -> Arm:
+        """An arm of an experiment, or, where that left it out as the default, of the default comparison."""
+        try:
+            return self.arm(experiment, router, **options)
+        except MissingError as missing:
+            try:
+                return self.arm("compare", router, **options)
+            except MissingError:
+                raise missing from None
+
 
 def final_loss(run: Run) -> float:
     """Nats per token over the whole validation text, after the last step."""

@@ -3,6 +3,10 @@
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
+from lightning_base.checkpoint import VerifiedCheckpointIO
 from lightning_base.claims.studies import Arm, Studies, difference, final_loss, last, loss_at, mean
 from lightning_base.claims.verdict import Rows, plain, signed
 from lightning_base.report.read import Run
@@ -54,7 +58,8 @@ def at_end(name: str, *, first: bool) -> Callable:
 
 def gates(studies: Studies) -> Rows:
     arms = {
-        gate: studies.arm("gate", "BASE", router__gate=gate) for gate in ("sigmoid", "twice_sigmoid", "softmax", "one")
+        gate: studies.arm("gate", "BASE", router__gate=gate)
+        for gate in ("sigmoid", "centred_sigmoid", "twice_sigmoid", "softmax", "one")
     }
     return against("sigmoid", arms)
 
@@ -103,7 +108,7 @@ def grid(studies: Studies, experiment: str, key: str, values: Sequence, routers:
         heading += [f"base minus {NAMES[router]}" for router in routers if router != "BASE"]
     rows: Rows = [heading]
     for value in values:
-        arms = {router: studies.arm(experiment, router, **{key: value}) for router in routers}
+        arms = {router: studies.either(experiment, router, **{key: value}) for router in routers}
         row = [str(value), *(plain(mean(arm)) for arm in arms.values())]
         if len(routers) > 1:
             row += [signed(difference(arms["BASE"], arm)) for router, arm in arms.items() if router != "BASE"]
@@ -113,7 +118,7 @@ def grid(studies: Studies, experiment: str, key: str, values: Sequence, routers:
 
 def longer(studies: Studies) -> Rows:
     """Differences from dense along a run of ten times the default's length."""
-    arms = {name: studies.arm("length", router) for router, name in NAMES.items() if router != "TopK"}
+    arms = {NAMES[router]: studies.arm("length", router) for router in ("Dense", "BASE", "Switch")}
     rows: Rows = [["step", "dense", *(f"{name} minus dense" for name in arms if name != "dense")]]
     for step in (80, 160, 320, 480, 640, 800, 1120, 1600):
         read = loss_at(step)
@@ -152,9 +157,45 @@ def made_from(router: str, scale: float) -> Callable[[Run], bool]:
     return holds
 
 
+def alignment(studies: Studies) -> Rows:
+    """How alike the centroids have become: they start orthogonal."""
+    rows: Rows = [["arm", "cosine between centroids", "common part over own part", "loss"]]
+    arms = {"base": studies.arm("compare", "BASE")}
+    for gate in ("centred_sigmoid", "twice_sigmoid", "softmax"):
+        arms[f"gate {gate}"] = studies.arm("gate", "BASE", router__gate=gate)
+    for scale in (3, 10):
+        arms[f"centroids {scale} times longer"] = studies.arm("router_scale", "BASE", module__router_init_scale=scale)
+    for name, arm in arms.items():
+        rows.append([name, *(plain(mean(arm, read), 2) for read in (cosine, common)), plain(mean(arm))])
+    return rows
+
+
+def centroids(run: Run) -> Tensor:
+    """The centroids of the first sparse layer at the end, [E, D]."""
+    newest = max((run.path / "checkpoints").glob("step_*.ckpt"), key=lambda path: int(path.stem.split("_")[1]))
+    state = VerifiedCheckpointIO().load_checkpoint(newest, weights_only=True)["state_dict"]
+    found: Tensor = next(value for name, value in state.items() if name.endswith("router.centroids"))
+    return found.double()
+
+
+def cosine(run: Run) -> float:
+    """The mean cosine of two centroids."""
+    units_ED = torch.nn.functional.normalize(centroids(run), dim=-1)
+    number = len(units_ED)
+    return float((units_ED.sum(0).square().sum() - number) / (number * (number - 1)))
+
+
+def common(run: Run) -> float:
+    """The length of the mean centroid over the mean length of what is left of each without it."""
+    found_ED = centroids(run)
+    middle_D = found_ED.mean(0)
+    return float(middle_D.norm() / (found_ED - middle_D).norm(dim=-1).mean())
+
+
 TABLES: dict[str, Callable[[Studies], Rows]] = {
     "compared": compared,
     "movement": movement,
+    "alignment": alignment,
     "gates": gates,
     "scales": scales,
     "router_rates": router_rates,

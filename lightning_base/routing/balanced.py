@@ -17,7 +17,7 @@ from lightning_base.routing.plan import RoutingGroups, RoutingPlan, count_by_gro
 from lightning_base.routing.router import Router
 from lightning_base.routing.selection import weigh
 
-Gate = Literal["sigmoid", "twice_sigmoid", "softmax", "one"]
+Gate = Literal["sigmoid", "centred_sigmoid", "twice_sigmoid", "softmax", "one"]
 SOLVERS_FOR_TOP_K = ("transport", "greedy")  # the others give a token one expert
 
 
@@ -40,7 +40,8 @@ class BASE(Router):
         solver: how the assignment is solved, a name in ``lightning_base.assignment.SOLVERS``.
         top_k: k; more than 1 only with a solver that can, transport or greedy.
         gate: what an expert's output is weighted by. ``sigmoid`` of the score is the paper's and near one half at
-            first; ``twice_sigmoid`` is near one; ``softmax`` is its share among all scores; ``one`` is no gate, so that
+            first; ``centred_sigmoid`` takes the mean over experts off each token's scores before, so that centroids cannot
+            learn what is common to all of them; ``twice_sigmoid`` is near one; ``softmax`` is its share among all scores; ``one`` is no gate, so that
             the centroids stay as they were drawn.
     """
 
@@ -121,6 +122,8 @@ class BASE(Router):
             return scores_TE.softmax(-1)
         if self.gate == "one":
             return torch.ones_like(scores_TE)
+        if self.gate == "centred_sigmoid":
+            return (scores_TE - scores_TE.mean(-1, keepdim=True)).sigmoid()
         return scores_TE.sigmoid() * (2 if self.gate == "twice_sigmoid" else 1)
 
     def step_sums(self, plan: RoutingPlan) -> dict[str, Tensor]:

@@ -102,6 +102,7 @@ def test_the_gate_is_the_sigmoid_of_the_assigned_score_and_nothing_else_learns()
     [
         # Scores of one token: 0 for all experts but the one that it gets, which has ln 3.
         ("sigmoid", 0.75),
+        ("centred_sigmoid", 1 / (1 + 3**-0.75)),  # ln 3 less the mean, a quarter of it
         ("twice_sigmoid", 1.5),
         ("softmax", 0.5),  # 3 / (3 + 3 x 1) with four experts
         ("one", 1.0),
@@ -118,7 +119,9 @@ def test_gates_by_hand(gate: str, expected: float) -> None:
 
 
 def test_an_unknown_gate_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"router\.gate=tanh: choose one of sigmoid, twice_sigmoid, softmax, one"):
+    with pytest.raises(
+        ValueError, match=r"router\.gate=tanh: choose one of sigmoid, centred_sigmoid, twice_sigmoid, softmax, one"
+    ):
         BASE(num_experts=4, width=4, gate="tanh")
 
 
