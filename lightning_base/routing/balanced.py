@@ -40,9 +40,9 @@ class BASE(Router):
         solver: how the assignment is solved, a name in ``lightning_base.assignment.SOLVERS``.
         top_k: k; more than 1 only with a solver that can, transport or greedy.
         gate: what an expert's output is weighted by. ``sigmoid`` of the score is the paper's and near one half at
-            first; ``centred_sigmoid`` takes the mean over experts off each token's scores before, so that centroids cannot
-            learn what is common to all of them; ``twice_sigmoid`` is near one; ``softmax`` is its share among all scores; ``one`` is no gate, so that
-            the centroids stay as they were drawn.
+            first. ``centred_sigmoid`` takes each token's mean score off before, so that centroids cannot learn what is
+            common to all. ``twice_sigmoid`` is near one; ``softmax`` is the share among all scores; ``one`` is no gate,
+            so that the centroids stay as they were drawn.
     """
 
     causal = False
