@@ -68,6 +68,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     quiet()
     studies = Studies(options.runs)
     judged = judge(studies, measure(options.runs / "step_times.json", options.overrides))
+    # Imported late: drawing needs a second to load.
+    from lightning_base.claims.figure import draw
+
+    draw(options.page.parent / "images" / "claims.png", studies)
     missing = fill(options.page, judged, TABLES, studies)
     for i, one in enumerate(judged, 1):
         title, verdict = (

@@ -13,6 +13,8 @@ from lightning_base.report.read import Run
 from lightning_base.report.statistics import holm
 from lightning_base.run_directory import read_json
 
+SCALES = (1, 3, 10)
+LENGTHS = (80, 160, 320, 480, 640, 800, 1120, 1600)
 NAMES = {"Dense": "dense", "BASE": "base", "Switch": "switch", "TopK": "top_k", "Hash": "hash"}
 
 
@@ -66,7 +68,7 @@ def gates(studies: Studies) -> Rows:
 
 def scales(studies: Studies) -> Rows:
     """The same factor on the first weights of every learned router."""
-    return grid(studies, "router_scale", "module__router_init_scale", (1, 3, 10), ("BASE", "Switch", "TopK"))
+    return grid(studies, "router_scale", "module__router_init_scale", SCALES, ("BASE", "Switch", "TopK"))
 
 
 def router_rates(studies: Studies) -> Rows:
@@ -120,7 +122,7 @@ def longer(studies: Studies) -> Rows:
     """Differences from dense along a run of ten times the default's length."""
     arms = {NAMES[router]: studies.arm("length", router) for router in ("Dense", "BASE", "Switch")}
     rows: Rows = [["step", "dense", *(f"{name} minus dense" for name in arms if name != "dense")]]
-    for step in (80, 160, 320, 480, 640, 800, 1120, 1600):
+    for step in LENGTHS:
         read = loss_at(step)
         gaps = [signed(difference(arm, arms["dense"], read)) for name, arm in arms.items() if name != "dense"]
         rows.append([str(step), plain(mean(arms["dense"], read)), *gaps])

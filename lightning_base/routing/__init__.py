@@ -4,6 +4,7 @@ from lightning_base.routing.balanced import BASE
 from lightning_base.routing.bip import BIP
 from lightning_base.routing.dense import Dense
 from lightning_base.routing.expert_choice import ExpertChoice
+from lightning_base.routing.gated_dense import GatedDense
 from lightning_base.routing.gshard import GShard
 from lightning_base.routing.hash import Hash
 from lightning_base.routing.loss_free import LossFree
@@ -25,6 +26,7 @@ __all__ = [
     "Dense",
     "ExpertChoice",
     "GShard",
+    "GatedDense",
     "Hash",
     "LossFree",
     "NoisyTopK",
