@@ -49,7 +49,8 @@ def against_dense(axes: Axes, studies: Studies) -> None:
 def by_scale(axes: Axes, studies: Studies) -> None:
     """Loss over how much larger the weights of routers are at first."""
     for router in ("BASE", "Switch", "TopK"):
-        found = [mean(studies.arm("router_scale", router, module__router_init_scale=scale)) for scale in SCALES]
+        arms = (studies.either("router_scale", router, module__router_init_scale=scale) for scale in SCALES)
+        found = [mean(arm) for arm in arms]
         color, marker = ROUTERS[router]
         means = [one.mean for one in found]
         axes.errorbar(SCALES, means, yerr=bars(found), color=color, marker=marker, capsize=4, label=NAMES[router])
@@ -62,8 +63,8 @@ def by_scale(axes: Axes, studies: Studies) -> None:
 
 def along_a_run(axes: Axes, studies: Studies) -> None:
     """Differences from dense along a run ten times as long."""
-    arms = {router: studies.arm("length", router) for router in ("Dense", "BASE", "Switch")}
-    for router in ("BASE", "Switch"):
+    arms = {router: studies.arm("length", router) for router in ("Dense", "GatedDense", "BASE", "Switch")}
+    for router in ("GatedDense", "BASE", "Switch"):
         found = [difference(arms[router], arms["Dense"], loss_at(step)) for step in LENGTHS]
         color, marker = ROUTERS[router]
         axes.plot(LENGTHS, [gap.mean for gap in found], color=color, marker=marker, label=NAMES[router])

@@ -130,14 +130,14 @@ def one_large_layer(studies: Studies) -> Judged:
         "Holds if the interval of BASE minus top-2 is below 0, fails if it is above.",
         below(found),
         rows,
-        f"{ONLY_THE_ROUTER} One layer of eight residual blocks; top-2 with experts half as wide.",
+        f"{ONLY_THE_ROUTER} One layer of four residual blocks; top-2 with experts half as wide.",
         ["compare"],
     )
 
 
 def robustness(studies: Studies) -> Judged:
     """Claim 5."""
-    middle = studies.either("placement", "BASE", model__sparse_layers=1)
+    middle = studies.arm("placement", "BASE", model__sparse_layers=[1])
     places = {
         "top": studies.arm("placement", "BASE", model__sparse_layers=[2]),
         "two interleaved": studies.arm("placement", "BASE", model__sparse_layers=[1, 2]),
@@ -162,7 +162,7 @@ def robustness(studies: Studies) -> Judged:
         "one place is surely farther away or BASE is surely above dense at one size.",
         every(verdicts),
         rows,
-        "The default setting, with the sparse layer elsewhere or with other experts. All arms at one learning rate.",
+        "Places: the default setting with two blocks, so that there is a middle. Sizes: the default setting.",
         ["compare", "placement", "expert_size"],
     )
 

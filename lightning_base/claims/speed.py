@@ -15,7 +15,7 @@ from lightning_base.benchmark.timing import Spread, interleaved, spread
 from lightning_base.run_directory import read_json, write_json
 
 SETTINGS = {
-    "default": {name: [f"router={name}"] for name in ("base", "dense", "switch", "top_k", "hash")},
+    "default": {name: [f"router={name}"] for name in ("base", "dense", "gated_dense", "switch", "top_k", "hash")},
     "paper": {name: [f"arm={name}"] for name in ("base", "dense", "switch", "top_2")},
 }
 STEPS_A_TURN = 3

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_base.checkpoint import VerifiedCheckpointIO
-from lightning_base.claims.studies import Arm, Studies, difference, final_loss, last, loss_at, mean
+from lightning_base.claims.studies import Arm, Number, Studies, difference, final_loss, last, loss_at, mean
 from lightning_base.claims.verdict import Rows, plain, signed
 from lightning_base.report.read import Run
 from lightning_base.report.statistics import holm
@@ -15,7 +15,14 @@ from lightning_base.run_directory import read_json
 
 SCALES = (1, 3, 10)
 LENGTHS = (80, 160, 320, 480, 640, 800, 1120, 1600)
-NAMES = {"Dense": "dense", "BASE": "base", "Switch": "switch", "TopK": "top_k", "Hash": "hash"}
+NAMES = {
+    "Dense": "dense",
+    "GatedDense": "gated_dense",
+    "BASE": "base",
+    "Switch": "switch",
+    "TopK": "top_k",
+    "Hash": "hash",
+}
 
 
 def against(reference: str, arms: Mapping[str, Arm], *, same_model: bool = True) -> Rows:
@@ -35,27 +42,42 @@ def against(reference: str, arms: Mapping[str, Arm], *, same_model: bool = True)
 
 
 def compared(studies: Studies, experiment: str = "compare") -> Rows:
-    """The default comparison, against dense."""
-    return against("dense", {name: studies.arm(experiment, router) for router, name in NAMES.items()})
+    """A comparison, against dense and against dense with a gate."""
+    arms = {
+        NAMES[router]: studies.arm(experiment, router)
+        for router in NAMES
+        if router != "TopK" or has(studies, experiment)
+    }
+    rows = against("dense", arms)
+    rows[0].insert(4, "minus gated_dense")
+    for row in rows[1:]:
+        row.insert(4, "" if row[0] == "gated_dense" else signed(difference(arms[row[0]], arms["gated_dense"])))
+    return rows
+
+
+def has(studies: Studies, experiment: str) -> bool:
+    """Whether an experiment has top-k, the arm that shorter ones leave out."""
+    return any(run.ledger["router"] == "TopK" for run in studies.experiment(experiment))
 
 
 def movement(studies: Studies) -> Rows:
     """How many tokens of a fixed text change experts, early, late and over a run."""
     rows: Rows = [["arm", "in one step, early", "in one step, late", "in 20 steps, late", "loss"]]
-    arms = {name: studies.arm("compare", router) for router, name in NAMES.items() if router != "Dense"}
+    arms = {name: studies.arm("compare", router) for router, name in NAMES.items() if "Dense" not in router}
     scaled = {
         f"base, routers {s} times larger": studies.arm("router_scale", "BASE", module__router_init_scale=s)
         for s in (3, 10)
     }
     for name, arm in {**arms, **scaled}.items():
-        early, late = at_end("routing_change/step/mean", first=True), last("routing_change/step/mean")
+        early, late = at_first("routing_change/step/mean"), last("routing_change/step/mean")
         over = last("routing_change/validation/mean")
         rows.append([name, *(plain(mean(arm, read), 3) for read in (early, late, over)), plain(mean(arm))])
     return rows
 
 
-def at_end(name: str, *, first: bool) -> Callable:
-    return lambda run: float(run.series[name].values[0 if first else -1])
+def at_first(name: str) -> Number:
+    """The first value of a scalar."""
+    return lambda run: float(run.series[name].values[0])
 
 
 def gates(studies: Studies) -> Rows:
@@ -90,7 +112,7 @@ def numbers(studies: Studies) -> Rows:
 
 
 def places(studies: Studies) -> Rows:
-    return grid(studies, "placement", "model__sparse_layers", (1, [2], [1, 2]), ("BASE", "Switch"))
+    return grid(studies, "placement", "model__sparse_layers", ([1], [2], [1, 2]), ("BASE",))
 
 
 def groups(studies: Studies) -> Rows:
@@ -120,7 +142,7 @@ def grid(studies: Studies, experiment: str, key: str, values: Sequence, routers:
 
 def longer(studies: Studies) -> Rows:
     """Differences from dense along a run of ten times the default's length."""
-    arms = {NAMES[router]: studies.arm("length", router) for router in ("Dense", "BASE", "Switch")}
+    arms = {NAMES[router]: studies.arm("length", router) for router in ("Dense", "GatedDense", "BASE", "Switch")}
     rows: Rows = [["step", "dense", *(f"{name} minus dense" for name in arms if name != "dense")]]
     for step in LENGTHS:
         read = loss_at(step)
@@ -159,16 +181,25 @@ def made_from(router: str, scale: float) -> Callable[[Run], bool]:
     return holds
 
 
-def alignment(studies: Studies) -> Rows:
-    """How alike the centroids have become: they start orthogonal."""
-    rows: Rows = [["arm", "cosine between centroids", "common part over own part", "loss"]]
-    arms = {"base": studies.arm("compare", "BASE")}
-    for gate in ("centred_sigmoid", "twice_sigmoid", "softmax"):
-        arms[f"gate {gate}"] = studies.arm("gate", "BASE", router__gate=gate)
-    for scale in (3, 10):
-        arms[f"centroids {scale} times longer"] = studies.arm("router_scale", "BASE", module__router_init_scale=scale)
+def openness(studies: Studies) -> Rows:
+    """How far gates are open in the first and in the last logged step, and how alike centroids are at the end."""
+    rows: Rows = [["arm", "mean gate at first", "at the end", "cosine between centroids", "loss"]]
+    arms = {NAMES[router]: studies.arm("compare", router) for router in ("GatedDense", "Switch", "TopK", "BASE")}
+    for gate in ("centred_sigmoid", "twice_sigmoid", "softmax", "one"):
+        arms[f"base, gate {gate}"] = studies.arm("gate", "BASE", router__gate=gate)
+    for scale in SCALES[1:]:
+        arms[f"base, centroids {scale} times longer"] = studies.arm(
+            "router_scale", "BASE", module__router_init_scale=scale
+        )
+    for factor in (0.1, 10):
+        arms[f"base, centroids learn {factor:g} times as fast"] = studies.arm(
+            "router_learning_rate", "BASE", module__router_learning_rate_factor=factor
+        )
+    confidence = "train_step/router_confidence/mean"
     for name, arm in arms.items():
-        rows.append([name, *(plain(mean(arm, read), 2) for read in (cosine, common)), plain(mean(arm))])
+        alike = plain(mean(arm, cosine), 2) if name.startswith("base") else ""
+        ends = (plain(mean(arm, read), 3) for read in (at_first(confidence), last(confidence)))
+        rows.append([name, *ends, alike, plain(mean(arm))])
     return rows
 
 
@@ -187,17 +218,10 @@ def cosine(run: Run) -> float:
     return float((units_ED.sum(0).square().sum() - number) / (number * (number - 1)))
 
 
-def common(run: Run) -> float:
-    """The length of the mean centroid over the mean length of what is left of each without it."""
-    found_ED = centroids(run)
-    middle_D = found_ED.mean(0)
-    return float(middle_D.norm() / (found_ED - middle_D).norm(dim=-1).mean())
-
-
 TABLES: dict[str, Callable[[Studies], Rows]] = {
     "compared": compared,
     "movement": movement,
-    "alignment": alignment,
+    "openness": openness,
     "gates": gates,
     "scales": scales,
     "router_rates": router_rates,

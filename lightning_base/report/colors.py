@@ -15,6 +15,7 @@ ROUTERS = {
     "Switch": ("#D55E00", "s"),
     "TopK": ("#009E73", "^"),
     "Dense": ("#000000", "D"),
+    "GatedDense": ("#707070", "d"),
     "Uniform": ("#CC79A7", "v"),
     "Sinkhorn": ("#56B4E9", "X"),
     "LossFree": ("#332288", "d"),
