@@ -82,7 +82,7 @@ def at_first(name: str) -> Number:
 
 def gates(studies: Studies) -> Rows:
     arms = {
-        gate: studies.arm("gate", "BASE", router__gate=gate)
+        gate: studies.either("gate", "BASE", router__gate=gate)
         for gate in ("sigmoid", "centred_sigmoid", "twice_sigmoid", "softmax", "one")
     }
     return against("sigmoid", arms)
