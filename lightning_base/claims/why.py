@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_base.checkpoint import VerifiedCheckpointIO
-from lightning_base.claims.studies import Arm, Number, Studies, difference, final_loss, last, loss_at, mean
+from lightning_base.claims.studies import Arm, Number, Studies, difference, final, final_loss, last, loss_at, mean
 from lightning_base.claims.verdict import Rows, plain, signed
 from lightning_base.report.read import Run
 from lightning_base.report.statistics import holm
@@ -153,21 +153,25 @@ def longer(studies: Studies) -> Rows:
 
 
 def replayed(studies: Studies) -> Rows:
-    """BASE trained from the first step with the plan that BASE ends with."""
-    rows: Rows = [["plan", "trained with it, its own gate", "replayed, sigmoid gate", "replayed, no gate"]]
+    """Training from the first step on with the plan that a router ends with; evaluated greedily and in balance."""
+    rows: Rows = [["plan", "gate", "loss, greedy", "loss, balanced", "greedy minus balanced", "tokens that differ"]]
+    balanced, apart = final("final_balanced/loss"), last("final_balanced_pass/routing_gap/mean")
     for name, scale, own in (
         ("BASE", 1, studies.arm("compare", "BASE")),
         ("BASE", 10, studies.arm("router_scale", "BASE", module__router_init_scale=10)),
         ("Hash", 1, studies.arm("compare", "Hash")),
     ):
         title = NAMES[name] + (", centroids ten times longer" if scale != 1 else "")
-        replays = [
-            studies.arm("replay_final", "Replay", made_from(name, scale), router__weight=weight)
-            for weight in ("learned", "one")
-        ]
-        rows.append(
-            [title, plain(mean(own)), *(f"{plain(mean(arm))}; {signed(difference(arm, own))}" for arm in replays)]
-        )
+        arms = {f"{title}, as it trained": ("its own", own)}
+        for weight, gate in (("learned", "sigmoid"), ("one", "none")):
+            found = studies.arm("replay_final", "Replay", made_from(name, scale), router__weight=weight)
+            arms[f"{title}, its last plan ({gate})"] = (gate, found)
+        for label, (gate, arm) in arms.items():
+            row = [label.partition(" (")[0], gate, plain(mean(arm))]
+            if name == "BASE":
+                gap = difference(arm, arm, final_loss, balanced)
+                row += [plain(mean(arm, balanced)), signed(gap), plain(mean(arm, apart), 2)]
+            rows.append(row + [""] * (6 - len(row)))
     return rows
 
 
