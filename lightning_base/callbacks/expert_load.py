@@ -107,7 +107,8 @@ class ExpertLoadLogger(pl.Callback):
         writer = tensorboard_writer(trainer)
         if writer is not None:
             for tag, history in self._history.items():
-                writer.add_figure(tag, heatmap(history, of_layers=tag == BY_LAYER), trainer.global_step)
+                layers = self.metrics["train"].layers if tag == BY_LAYER else None
+                writer.add_figure(tag, heatmap(history, layers), trainer.global_step)
 
     def _update(self, trainer: pl.Trainer, stage: str, plans: dict[str, RoutingPlan]) -> None:
         if stage not in self.metrics or self.metrics[stage].layers != list(plans):
@@ -221,19 +222,22 @@ def add_expert_histogram(writer: SummaryWriter, tag: str, load_E: Tensor, step: 
     )
 
 
-def heatmap(history: list[tuple[int, np.ndarray]], *, of_layers: bool) -> Any:
-    """A matplotlib figure over steps: of experts their load relative to an even share, or of layers their max_vio."""
+def heatmap(history: list[tuple[int, np.ndarray]], layers: list[str] | None) -> Any:
+    """A matplotlib figure over steps: the max_vio of the layers, or of experts the load relative to an even share."""
     from matplotlib.figure import Figure
 
     steps = [step for step, _ in history]
     values = np.stack([column for _, column in history], 1)
     figure = Figure(figsize=(7, min(0.25 * len(values) + 1.2, 9)), layout="constrained")
     axes = figure.subplots()
-    image = axes.imshow(values, aspect="auto", cmap="cividis", vmin=0, vmax=None if of_layers else 2)
+    image = axes.imshow(values, aspect="auto", cmap="cividis", vmin=0, vmax=max(1.0, values.max()) if layers else 2)
     shown = np.unique(np.linspace(0, len(steps) - 1, min(8, len(steps))).astype(int))
     axes.set_xticks(shown, [str(steps[i]) for i in shown])
-    axes.yaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel("step")
-    axes.set_ylabel("sparse layer" if of_layers else "expert")
-    figure.colorbar(image, label="max_vio of what was asked for" if of_layers else "load / even share")
+    if layers:
+        axes.set_yticks(range(len(layers)), layers)
+    else:
+        axes.yaxis.get_major_locator().set_params(integer=True)
+        axes.set_ylabel("expert")
+    figure.colorbar(image, label="max_vio" if layers else "load / even share")
     return figure
