@@ -17,7 +17,7 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 PATIENCE = 300  # seconds that a page may take on a busy machine
 # The pages: what is there when a page is drawn, and how much of it is photographed, in pixels.
 PAGES = {
-    "custom_scalars": ("tf-custom-scalar-multi-line-chart-card path.line >> nth=-1", 1440, 1580),
+    "custom_scalars": ("tf-custom-scalar-multi-line-chart-card path.line >> nth=-1", 1500, 1600),
     "hparams": ("tf-hparams-table-view >> text=tokens/s", 2240, 640),
     "histograms": ("vz-histogram-timeseries path >> nth=0", 1440, 1080),
     "images": ("tf-image-loader img >> nth=0", 1440, 1080),
@@ -36,6 +36,8 @@ def photograph(page: Page, address: str, folder: Path) -> None:
     """Saves what every page shows."""
     for name in PAGES:
         visit(page, address, name)
+        if name == "custom_scalars":
+            page.locator("tf-smoothing-input input").fill("0")
         page.wait_for_timeout(2000)  # what moves comes to rest
         page.screenshot(path=folder / f"tensorboard_{name}.png")
 

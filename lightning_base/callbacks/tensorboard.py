@@ -13,27 +13,28 @@ import pytorch_lightning as pl
 from pytorch_lightning.loggers import TensorBoardLogger
 from torch.utils.tensorboard import SummaryWriter
 
-# Category, chart, and the scalar that it shows, with a line per run.
+# Category, chart, and the scalar that it shows, with a line per run. Means over layers of what was asked for, if it does
+# not say otherwise; in training of a routing group or of a step, in validation of the whole pass.
 LAYOUT = {
     "Loss": {
-        "validation loss [nats per token]": "validation/loss",
-        "training loss [nats per token]": "train/loss",
+        "validation loss, nats per token": "validation/loss",
+        "training loss, nats per token": "train/loss",
         "bits per byte": "validation/bits_per_byte",
     },
     "Balance": {
-        "max_vio in training (a routing group, demand, mean over layers)": "train_group/max_vio/demand/mean",
-        "max_vio in validation (demand, mean over layers)": "validation_pass/max_vio/demand/mean",
-        "share of experts without a token (a step, worst layer)": "train_step/dead_experts/demand/max",
+        "max_vio in training, by routing group": "train_group/max_vio/demand/mean",
+        "max_vio in validation": "validation_pass/max_vio/demand/mean",
+        "experts without a token, worst layer": "train_step/dead_experts/demand/max",
     },
     "Drop": {
-        "drop rate in training (mean over layers)": "train_step/drop_rate/mean",
-        "drop rate in validation (mean over layers)": "validation_pass/drop_rate/mean",
-        "tokens left without an expert (training, mean over layers)": "train_step/tokens_left_behind/mean",
+        "dropped in training": "train_step/drop_rate/mean",
+        "dropped in validation": "validation_pass/drop_rate/mean",
+        "tokens left without an expert": "train_step/tokens_left_behind/mean",
     },
     "Throughput": {
         "tokens per second": "train/tokens_per_second",
-        "time of a step [s]": "train/step_time",
-        "1 - mean/max over experts of their tokens (a step, worst layer)": "train_step/idle_fraction_experts/max",
+        "seconds per step": "train/step_time",
+        "1 - mean / fullest expert, worst layer": "train_step/idle_fraction_experts/max",
     },
 }
 
