@@ -98,7 +98,7 @@ def card(values: Mapping[str, Any], prefix: str = "") -> str:
     """A table in Markdown with a row per value; the keys of nested mappings are joined with dots."""
     head = "" if prefix else "| | |\n| --- | --- |\n"
     rows = (
-        card(value, f"{prefix}{key}.") if isinstance(value, Mapping) else f"| {prefix}{key} | {text(value)} |\n"
+        card(value, f"{prefix}{key}.") if isinstance(value, Mapping) else f"| `{prefix}{key}` | {text(value)} |\n"
         for key, value in values.items()
     )
     return head + "".join(rows)

@@ -12,7 +12,7 @@ ARMS = {
 }
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def runs(small_corpus: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The run directories of two arms: few experts in two sparse layers, and many in four."""
     folder, found = tmp_path_factory.mktemp("arms"), {}
@@ -25,7 +25,7 @@ def runs(small_corpus: list[str], tmp_path_factory: pytest.TempPathFactory) -> d
     return found
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def events(runs: dict[str, Path]) -> dict[str, EventAccumulator]:
     """All that the event files of each arm hold."""
     return {arm: EventAccumulator(str(path / "tensorboard")).Reload() for arm, path in runs.items()}

@@ -130,11 +130,11 @@ def test_certificate_ledger_and_configuration_are_cards(events: Events, runs: di
         manifest = program.read(path / "manifest.json")
         certificate, ledger = text(events[arm], "certificate"), text(events[arm], "ledger")
         for name in ("corpus_fingerprint", "initial_weights_fingerprint", "git_commit"):
-            assert f"| {name} | `{manifest[name]}` |" in certificate
-        assert f"| packages.torch | `{manifest['packages']['torch']}` |" in certificate
-        assert f"| active_parameters | {manifest['ledger']['active_parameters']:,} |" in ledger
-        assert f"| model.depth | {manifest['config']['model']['depth']} |" in text(events[arm], "configuration")
-        assert f"| batch_fingerprint | `{manifest['batch_fingerprint']}` |" in text(events[arm], "result")
+            assert f"| `{name}` | `{manifest[name]}` |" in certificate
+        assert f"| `packages.torch` | `{manifest['packages']['torch']}` |" in certificate
+        assert f"| `active_parameters` | {manifest['ledger']['active_parameters']:,} |" in ledger
+        assert f"| `model.depth` | {manifest['config']['model']['depth']} |" in text(events[arm], "configuration")
+        assert f"| `batch_fingerprint` | `{manifest['batch_fingerprint']}` |" in text(events[arm], "result")
 
 
 def test_whoever_reads_after_the_end_finds_all_of_it(runs: dict[str, Path]) -> None:
