@@ -67,7 +67,7 @@ tensorboard: setup  ## Shows all runs at http://localhost:6006
 
 .PHONY: screenshots
 screenshots: setup-dev  ## EXPERIMENT=name: photographs TensorBoard with its runs into docs/images
-	@$(BIN)/python experiments/screenshots.py "$(RUNS)/$(EXPERIMENT)" docs/images
+	@$(BIN)/python tests/tensorboard/screenshots.py "$(RUNS)/$(EXPERIMENT)" docs/images
 
 .PHONY: benchmark
 benchmark: setup-dev  ## Layer, step, harness, start, data and solver, the short form: about ten minutes on two cores

@@ -13,8 +13,8 @@ import pytorch_lightning as pl
 from pytorch_lightning.loggers import TensorBoardLogger
 from torch.utils.tensorboard import SummaryWriter
 
-# Category, chart, and the scalar that it shows, with a line per run. Means over layers of what was asked for, if it does
-# not say otherwise; in training of a routing group or of a step, in validation of the whole pass.
+# Category, chart, and the scalar that it shows, with a line per run. If not said otherwise these are means over layers
+# of what was asked for, in training of a routing group or a step, in validation of the whole pass.
 LAYOUT = {
     "Loss": {
         "validation loss, nats per token": "validation/loss",

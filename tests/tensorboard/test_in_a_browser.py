@@ -6,8 +6,7 @@ from pathlib import Path
 import matplotlib.image
 import pytest
 from playwright.sync_api import Page, expect
-
-from experiments.screenshots import PAGES, browser, photograph, tensorboard, visit
+from screenshots import PAGES, browser, photograph, tensorboard, visit
 
 pytestmark = pytest.mark.exhaustive
 expect.set_options(timeout=120_000)

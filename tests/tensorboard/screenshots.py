@@ -1,4 +1,4 @@
-"""Photographs TensorBoard: ``python experiments/screenshots.py RUNS FOLDER`` writes FOLDER/tensorboard_<page>.png."""
+"""Photographs TensorBoard: ``python screenshots.py RUNS FOLDER`` writes FOLDER/tensorboard_<page>.png for each page."""
 
 import json
 import re
@@ -54,7 +54,10 @@ def tensorboard(runs: Path) -> Iterator[str]:
             raise RuntimeError(f"TensorBoard ended with exit code {process.wait()}")
         folders = {str(path.parent.relative_to(runs)) for path in runs.rglob("events.out.tfevents.*")}
         until = time.monotonic() + PATIENCE
-        while not folders <= set(json.load(urlopen(f"{found[1]}data/runs"))):
+        while True:
+            with urlopen(f"{found[1]}data/runs") as answer:
+                if folders <= set(json.load(answer)):
+                    break
             if time.monotonic() > until:
                 raise TimeoutError(f"TensorBoard has not read {runs} in {PATIENCE} s")
             time.sleep(0.5)
@@ -87,7 +90,8 @@ def visit(page: Page, address: str, name: str) -> None:
     drawn, width, height = PAGES[name]
     page.set_viewport_size({"width": width, "height": height})
     page.goto(f"{address}#{name}")
-    page.locator(drawn).wait_for()
+    # Not visible, as a line without a slope has no height.
+    page.locator(drawn).wait_for(state="attached")
 
 
 if __name__ == "__main__":
