@@ -225,6 +225,7 @@ def add_expert_histogram(writer: SummaryWriter, tag: str, load_E: Tensor, step: 
 def heatmap(history: list[tuple[int, np.ndarray]], layers: list[str] | None) -> Any:
     """A matplotlib figure over steps: the max_vio of the layers, or of experts the load relative to an even share."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     steps = [step for step, _ in history]
     values = np.stack([column for _, column in history], 1)
@@ -237,7 +238,7 @@ def heatmap(history: list[tuple[int, np.ndarray]], layers: list[str] | None) -> 
     if layers:
         axes.set_yticks(range(len(layers)), layers)
     else:
-        axes.yaxis.get_major_locator().set_params(integer=True)
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_ylabel("expert")
     figure.colorbar(image, label="max_vio" if layers else "load / even share")
     return figure
