@@ -35,6 +35,8 @@ $(VENV)/installed: pyproject.toml constraints.txt
 $(VENV)/installed-dev: $(VENV)/installed
 	@echo "adding to $(VENV) what tests and benchmarks need, once"
 	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,bench]'
+	@command -v chromium > /dev/null || [ "$$(id -u)" != 0 ] || ! command -v apt-get > /dev/null || \
+		{ apt-get -qq update && apt-get -qq install -y chromium > /dev/null; } || echo "no Chromium: the tests in a browser skip"
 	@touch $@
 
 .PHONY: setup
@@ -77,7 +79,12 @@ analysis: setup  ## RUN=runs/compare/router=base: what the experts of a finished
 
 .PHONY: tensorboard
 tensorboard: setup  ## Shows all runs at http://localhost:6006
+	@echo "arms side by side: http://localhost:6006/#custom_scalars; their options and results: http://localhost:6006/#hparams"
 	@$(BIN)/tensorboard --logdir $(RUNS)
+
+.PHONY: screenshots
+screenshots: setup-dev  ## EXPERIMENT=name: photographs TensorBoard with its runs into docs/images
+	@$(BIN)/python tests/tensorboard/screenshots.py "$(RUNS)/$(EXPERIMENT)" docs/images
 
 .PHONY: benchmark
 benchmark: setup-dev  ## Layer, step, harness, start, data and solver, the short form: about ten minutes on two cores

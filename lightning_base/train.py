@@ -12,13 +12,13 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import numpy as np
 import pytorch_lightning as pl
 import torch
 import yaml
-from pytorch_lightning.loggers import Logger, TensorBoardLogger
+from pytorch_lightning.loggers import Logger
 from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 
 from lightning_base import checkpoint
@@ -29,6 +29,7 @@ from lightning_base.callbacks.certificate import BatchFingerprint, Certificate
 from lightning_base.callbacks.clock import TrainingClock
 from lightning_base.callbacks.compute_balance import ComputeBalance
 from lightning_base.callbacks.expert_load import ExpertLoadLogger
+from lightning_base.callbacks.hparams import show_result
 from lightning_base.callbacks.metrics_csv import MetricsCsv
 from lightning_base.callbacks.progress import ArmProgressBar
 from lightning_base.callbacks.recording import PlanRecorder
@@ -36,6 +37,7 @@ from lightning_base.callbacks.routing_change import RoutingChange
 from lightning_base.callbacks.routing_gap import RoutingGap
 from lightning_base.callbacks.saving import PeriodicCheckpoint, PreemptedError, Preemption
 from lightning_base.callbacks.step_time import StepTime
+from lightning_base.callbacks.tensorboard import Arrangement, Board
 from lightning_base.config import Config, check_devices, read_config
 from lightning_base.data import Corpus, TextDataModule
 from lightning_base.distributed.launch import PREEMPTED, die_with_parent
@@ -74,14 +76,14 @@ def run(config: Config, directory: Path) -> Result:
     load = ExpertLoadLogger(directory / "expert_load.csv", every, resumed_step)
     loggers: list[Logger] = [MetricsCsv(directory / "metrics.csv", lambda: clock.seconds, resumed_step)]
     if config.logger.tensorboard:
-        loggers.insert(0, TensorBoardLogger(directory, name="", version="tensorboard", default_hp_metric=False))
+        loggers.insert(0, Board(directory))
     balance = ComputeBalance(directory / "compute_balance.csv", every, resumed_step)
     causality, gap = CausalityMonitor(), RoutingGap()
     # The step is taken apart next to the clock, so that the work of the other callbacks is in neither.
     callbacks: list[pl.Callback] = [clock, StepTime(every, clock), fingerprint, load, Certificate(job, plain)]
     callbacks += [AssignmentMonitor(every), balance, causality, gap, RoutingChange()]
     callbacks.append(DropByPosition(directory / "drop_by_position.csv", every, resumed_step))
-    callbacks.append(Alarms(job, every))
+    callbacks += [Alarms(job, every), Arrangement()]
     if config.trainer.record_plans:
         callbacks.append(PlanRecorder(job))
     if config.trainer.progress_bar:
@@ -106,11 +108,6 @@ def run(config: Config, directory: Path) -> Result:
     batch_fingerprint, sequences = fingerprint.combined()
     totals = load.combined_totals()
     if trainer.is_global_zero:
-        # The same keys for every router: TensorBoard's HParams page drops what is not common to all runs.
-        shared = {f"hp/{name}": value for name, value in metrics.items() if name.startswith("final/")}
-        for logger in loggers:
-            if isinstance(logger, TensorBoardLogger):
-                logger.log_hyperparams(hyperparameters(config), shared)
         job.write_manifest(
             batch_fingerprint=batch_fingerprint,
             steps=trainer.global_step,
@@ -121,6 +118,8 @@ def run(config: Config, directory: Path) -> Result:
             training_seconds=round(clock.seconds, 3),
             result=metrics,
         )
+        if isinstance(loggers[0], Board):
+            show_result(loggers[0], config, job)
     return Result("done", directory, metrics)
 
 
@@ -231,23 +230,6 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
-
-
-def hyperparameters(config: Config) -> dict[str, Any]:
-    """What tells runs apart, under keys that every router has; TensorBoard's table shows the first five by name."""
-    router = config.build_router()
-    own = {k: v for k, v in config.router.items() if k not in ("_target_", "num_experts", "top_k")}
-    return {
-        "router": type(router).__name__,
-        "num_experts": router.num_experts,
-        "top_k": router.top_k,
-        # A loss that was measured with a view of later tokens does not compare.
-        "causal": "yes" if router.causal else "in evaluation" if router.causal_in_evaluation else "no",
-        "router_options": ", ".join(f"{key}={value}" for key, value in own.items()),
-        "seed": config.seed,
-        "max_steps": config.trainer.max_steps,
-        "learning_rate": config.module.learning_rate,
-    }
 
 
 def keep_freed_memory() -> None:

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_base.callbacks.expert_load import tensorboard_writer
+from lightning_base.callbacks.tensorboard import tensorboard_writer
 from lightning_base.module import LanguageModel, NonFiniteError
 from lightning_base.routing.plan import RoutingPlan
 from lightning_base.routing.router import Router
@@ -34,7 +34,7 @@ class Alarm:
 
 class Alarms(pl.Callback):
     """Watches every sparse layer and raises an alarm, once per layer and name, in the progress bar, in TensorBoard
-    (texts ``alarm/<name>/<layer>``; curves ``alarm/<name>``, in how many layers), in metrics.csv and in status.json.
+    (a text ``alarms`` with all so far; curves ``alarm/<name>``, in how many layers), in metrics.csv and in status.json.
     The run goes on.
 
     ``collapse``: one expert is asked for more than X times its even share, where X is ``collapse_factor``, or three
@@ -173,9 +173,8 @@ class Alarms(pl.Callback):
             return
         writer = tensorboard_writer(trainer)
         if writer is not None:
-            for alarm in raised:
-                # Of two texts with one tag and step TensorBoard shows the later.
-                writer.add_text(f"alarm/{alarm.name}/{alarm.layer}", alarm.sentence, alarm.step)
+            listed = "".join(f"- step {alarm.step}, {alarm.name}: {alarm.sentence}\n" for alarm in self.alarms)
+            writer.add_text("alarms", listed, raised[-1].step)
         self.run.write_alarms([asdict(alarm) for alarm in self.alarms])
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:

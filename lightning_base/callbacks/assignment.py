@@ -3,6 +3,7 @@
 Shapes: T tokens of one routing group, E experts, K experts per token.
 """
 
+import statistics
 import time
 from typing import Any
 
@@ -19,9 +20,9 @@ class AssignmentMonitor(pl.Callback):
     """Logs, for routers that solve an assignment, what the solver gained and took.
 
     ``train/solve_time`` [s]: time in the solver per optimizer step on this rank, all layers, mean since the last log.
-    ``train_group/assignment_gain/<layer>``: (objective - random balanced) / (optimum - random balanced) of one routing
-    group of the step; 1 is optimal. ``train_group/solve_time_cold/<layer>`` and ``..._warm/<layer>`` [s]: the exact
-    solver on the same scores without and with the prices of the steps before.
+    ``train_group/assignment_gain/<layer|mean>``: (objective - random balanced) / (optimum - random balanced) of one
+    routing group of the step; 1 is optimal. ``train_group/solve_time_cold/<layer|mean>`` and ``..._warm/<layer|mean>``
+    [s]: the exact solver on the same scores without and with the prices of the steps before.
 
     Args:
         log_every_n_steps: optimizer steps between two logs; the first step is logged too.
@@ -57,12 +58,16 @@ class AssignmentMonitor(pl.Callback):
             return
         values = {"train/solve_time": self._seconds / self._steps}
         self._seconds, self._steps = 0.0, 0
+        found: dict[str, dict[str, float]] = {}
         for name, plan in plans.items():
             size = plan.groups.sizes[0]
             if not size:
                 continue
-            measured = measure(plan.aux["scores"][:size], first_group(plan), self._prices.get(name))
-            values.update({f"train_group/{key}/{name}": value for key, value in measured.items()})
+            for key, value in measure(plan.aux["scores"][:size], first_group(plan), self._prices.get(name)).items():
+                found.setdefault(key, {})[name] = value
+        for key, by_layer in found.items():
+            by_layer["mean"] = statistics.fmean(by_layer.values())
+            values.update({f"train_group/{key}/{layer}": value for layer, value in by_layer.items()})
         for logger in trainer.loggers:
             logger.log_metrics(values, step)
 

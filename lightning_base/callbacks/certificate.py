@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from lightning_base.callbacks.flops import count_flops
+from lightning_base.callbacks.tensorboard import card, tensorboard_writer
 from lightning_base.model import shared_parameters, weights_fingerprint
 from lightning_base.module import LanguageModel
 from lightning_base.run_directory import RunDirectory
@@ -67,7 +68,10 @@ class BatchFingerprint(pl.Callback):
 
 
 class Certificate(pl.Callback):
-    """Writes what identifies the run and what a token costs into manifest.json before the first step."""
+    """Writes what identifies the run and what a token costs into manifest.json before the first step.
+
+    TensorBoard gets the same as text cards: ``certificate``, ``ledger`` and ``configuration``.
+    """
 
     def __init__(self, run: RunDirectory, config: dict[str, Any]) -> None:
         self.run, self.config = run, config
@@ -100,6 +104,13 @@ class Certificate(pl.Callback):
             "corpus": prepared.statistics,
         }
         self.run.write_manifest(**certificate, ledger=self._ledger(trainer, pl_module))
+        writer = tensorboard_writer(trainer)
+        # A run that goes on has them already.
+        if writer is not None and not trainer.global_step:
+            manifest = self.run.manifest()
+            cards = {"ledger": manifest.pop("ledger"), "configuration": manifest.pop("config"), "certificate": manifest}
+            for tag, values in cards.items():
+                writer.add_text(tag, card(values))
 
     def _ledger(self, trainer: pl.Trainer, pl_module: LanguageModel) -> dict[str, Any]:
         model = pl_module.model

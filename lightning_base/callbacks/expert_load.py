@@ -1,6 +1,6 @@
-"""Logs expert load: scalars, expert_load.csv, and in TensorBoard a histogram and a heatmap per layer.
+"""Logs expert load: scalars, expert_load.csv, and in TensorBoard histograms and heatmaps.
 
-Shapes: E experts, S logged steps.
+Shapes: N sparse layers, E experts, S logged steps.
 """
 
 import csv
@@ -16,11 +16,13 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from lightning_base.callbacks.metrics_csv import start_csv
+from lightning_base.callbacks.tensorboard import over_layers, shown_layers, tensorboard_writer
 from lightning_base.drop_in import drop_ins
 from lightning_base.metrics.expert_load import ExpertLoad
 from lightning_base.routing.plan import RoutingPlan
 
 COLUMNS = ("step", "stage", "layer", "expert", "demand", "load")
+BY_LAYER = "max_vio_over_time"
 
 
 class ExpertLoadLogger(pl.Callback):
@@ -31,7 +33,8 @@ class ExpertLoadLogger(pl.Callback):
 
     Scalars go to all loggers and are named ``<stage>_<scope>/<metric>/<demand|load>/<layer>``: ``train_step``,
     ``train_group``, ``validation_pass``, ``validation_group``, ``test_pass``, ... A module's ``test_name`` stands for
-    ``test``, if it has one. TensorBoard, if it is a logger, gets histograms and heatmaps too.
+    ``test``, if it has one. Of the layers TensorBoard gets ``mean`` and ``max`` alone, histograms of the load and
+    heatmaps of it over training of the first, the middle and the last, and a heatmap of ``max_vio`` in all.
 
     Args:
         path: a CSV file for the counts of every expert; None writes none.
@@ -50,6 +53,7 @@ class ExpertLoadLogger(pl.Callback):
         # By stage: validation may come between two micro batches of a step.
         self.metrics: dict[str, ExpertLoad] = {}
         self._steps_before = 0
+        # Columns of the heatmaps by their tag.
         self._history: dict[str, list[tuple[int, np.ndarray]]] = {}
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -102,8 +106,9 @@ class ExpertLoadLogger(pl.Callback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         writer = tensorboard_writer(trainer)
         if writer is not None:
-            for layer, history in self._history.items():
-                writer.add_figure(f"expert_load_over_time/{layer}", load_heatmap(history), trainer.global_step)
+            for tag, history in self._history.items():
+                layers = self.metrics["train"].layers if tag == BY_LAYER else None
+                writer.add_figure(tag, heatmap(history, layers), trainer.global_step)
 
     def _update(self, trainer: pl.Trainer, stage: str, plans: dict[str, RoutingPlan]) -> None:
         if stage not in self.metrics or self.metrics[stage].layers != list(plans):
@@ -126,14 +131,21 @@ class ExpertLoadLogger(pl.Callback):
         if not trainer.is_global_zero:
             return
         for logger in trainer.loggers:
-            logger.log_metrics(values, step)
+            logger.log_metrics(over_layers(values) if isinstance(logger, TensorBoardLogger) else values, step)
         self._write(metric, step, f"{stage}_{scope}", demand, load)
         writer = tensorboard_writer(trainer)
-        for layer, num_experts, load_E in zip(metric.layers, metric.num_experts, load, strict=True):
+        if writer is None:
+            return
+        for layer in shown_layers(metric.layers):
+            i = metric.layers.index(layer)
+            load_E = load[i, : metric.num_experts[i]]
+            add_expert_histogram(writer, f"expert_load/{stage}_{scope}/{layer}", load_E, step)
             if stage == "train":
-                self._history.setdefault(layer, []).append((step, load_E[:num_experts].numpy()))
-            if writer is not None:
-                add_expert_histogram(writer, f"expert_load/{stage}_{scope}/{layer}", load_E[:num_experts], step)
+                even = max(float(load_E.double().mean()), 1e-9)
+                self._history.setdefault(f"expert_load_over_time/{layer}", []).append((step, load_E.numpy() / even))
+        if stage == "train":
+            vio_N = np.array([values[f"train_step/max_vio/demand/{layer}"] for layer in metric.layers])
+            self._history.setdefault(BY_LAYER, []).append((step, vio_N))
 
     def _write(self, metric: ExpertLoad, step: int, stage: str, demand: Tensor, load: Tensor) -> None:
         if self.path is None:
@@ -193,16 +205,6 @@ def plans_of(module: pl.LightningModule) -> dict[str, RoutingPlan]:
     return plans
 
 
-def tensorboard_writer(trainer: pl.Trainer) -> SummaryWriter | None:
-    """The TensorBoard writer of this process, if it has one."""
-    for logger in trainer.loggers:
-        if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
-            experiment = logger.experiment
-            assert isinstance(experiment, SummaryWriter)
-            return experiment
-    return None
-
-
 def add_expert_histogram(writer: SummaryWriter, tag: str, load_E: Tensor, step: int) -> None:
     """A histogram with exactly one bin per expert: TensorBoard's own bins would blur neighbours."""
     counts = load_E.double()
@@ -220,19 +222,23 @@ def add_expert_histogram(writer: SummaryWriter, tag: str, load_E: Tensor, step: 
     )
 
 
-def load_heatmap(history: list[tuple[int, np.ndarray]]) -> Any:
-    """A matplotlib figure: experts over steps, colour is load relative to an even share."""
+def heatmap(history: list[tuple[int, np.ndarray]], layers: list[str] | None) -> Any:
+    """A matplotlib figure over steps: the max_vio of the layers, or of experts the load relative to an even share."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     steps = [step for step, _ in history]
-    load_ES = np.stack([load for _, load in history], 1).astype(float)
-    relative_ES = load_ES / np.maximum(load_ES.mean(0), 1e-9)
-    figure = Figure(figsize=(7, 0.25 * len(load_ES) + 1.2), layout="constrained")
+    values = np.stack([column for _, column in history], 1)
+    figure = Figure(figsize=(7, min(0.25 * len(values) + 1.2, 9)), layout="constrained")
     axes = figure.subplots()
-    image = axes.imshow(relative_ES, aspect="auto", cmap="cividis", vmin=0, vmax=2, interpolation="nearest")
+    image = axes.imshow(values, aspect="auto", cmap="cividis", vmin=0, vmax=max(1.0, values.max()) if layers else 2)
     shown = np.unique(np.linspace(0, len(steps) - 1, min(8, len(steps))).astype(int))
     axes.set_xticks(shown, [str(steps[i]) for i in shown])
     axes.set_xlabel("step")
-    axes.set_ylabel("expert")
-    figure.colorbar(image, label="load / even share")
+    if layers:
+        axes.set_yticks(range(len(layers)), layers)
+    else:
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_ylabel("expert")
+    figure.colorbar(image, label="max_vio" if layers else "load / even share")
     return figure

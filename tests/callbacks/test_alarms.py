@@ -285,11 +285,14 @@ def test_alarms_are_curves_and_texts(skewed: tuple[Path, str]) -> None:
     assert found == {step: 2.0 * (step >= 3) for step in range(1, 13)}
     events = EventAccumulator(str(skewed[0] / "tensorboard")).Reload()
     assert [event.value for event in events.Scalars("alarm/dead_experts")] == [0.0] * 9 + [2.0] * 3
-    # One tag for each layer: of two texts with one tag and step TensorBoard shows the later.
+    # All so far in one text: of two texts with one tag TensorBoard may show the later alone.
+    texts = {event.step: event.tensor_proto.string_val[0].decode() for event in events.Tensors("alarms/text_summary")}
+    assert sorted(texts) == [3, 10]
     for layer in ("layer_1", "layer_3"):
-        (event,) = events.Tensors(f"alarm/collapse/{layer}/text_summary")
-        assert event.step == 3
-        assert f"{layer} sends 8.0 times an even share".encode() in event.tensor_proto.string_val[0]
+        sentence = f"- step 3, collapse: {layer} sends 8.0 times an even share"
+        assert sentence in texts[3]
+        assert sentence in texts[10]
+        assert f"- step 10, dead_experts: {layer} has sent no token to 7 of 8" in texts[10]
 
 
 def test_the_progress_bar_shows_what_rings(skewed: tuple[Path, str]) -> None:

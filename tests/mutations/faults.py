@@ -333,4 +333,11 @@ FAULTS = [
         "            checked = read_config(plain) if not jobs else corpora[0]\n",
         "test_bad_input.py -k sweep",
     ),
+    Fault(
+        "TensorBoard has scalars of every layer",
+        "callbacks/tensorboard.py",
+        '/mean" not in values',
+        '/mean" in values',
+        "tensorboard/test_events.py -k mean_and_max",
+    ),
 ]
