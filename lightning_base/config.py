@@ -13,6 +13,7 @@ from lightning_base.instantiation import ConfigError, check_arguments, instantia
 from lightning_base.model import sparse_positions
 from lightning_base.moe.experts import Activation
 from lightning_base.routing.router import Router
+from lightning_base.trainer_arguments import check_trainer_argument
 
 
 def require(holds: bool, key: str, value: object, accepted: str) -> None:
@@ -86,6 +87,7 @@ class DataConfig:
     attend_across_documents: bool = True
     validation_sequences: int | None = None
     num_workers: int = 0
+    distinct_batches: int | None = None
 
     def __post_init__(self) -> None:
         require(self.vocab_size >= 257, "data.vocab_size", self.vocab_size, "256 bytes and the end of text need 257")
@@ -97,6 +99,10 @@ class DataConfig:
         limit = self.validation_sequences is None or self.validation_sequences >= 1
         require(limit, "data.validation_sequences", self.validation_sequences, "give at least 1, or null for all")
         require(self.num_workers >= 0, "data.num_workers", self.num_workers, "give 0 or more")
+        distinct = self.distinct_batches is None or self.distinct_batches >= 1
+        require(
+            distinct, "data.distinct_batches", self.distinct_batches, "give at least 1, or null for new text always"
+        )
 
 
 @dataclass(frozen=True)
@@ -125,6 +131,9 @@ class TrainerConfig:
     progress_bar: bool = True
     detect_anomaly: bool = False
     record_plans: bool = False
+    profile_steps: int | None = None
+    # What else the configuration has under ``trainer``, for Lightning's Trainer as it is.
+    lightning: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         counts = ("max_steps", "devices", "num_nodes", "accumulate_grad_batches", "log_every_n_steps")
@@ -136,6 +145,9 @@ class TrainerConfig:
         require(threads, "trainer.threads", self.threads, "give at least 1, or null")
         keep = self.keep_checkpoints is None or self.keep_checkpoints >= 1
         require(keep, "trainer.keep_checkpoints", self.keep_checkpoints, "give at least 1, or null to keep all")
+        room = self.profile_steps is None or 1 <= self.profile_steps <= self.max_steps - 3
+        accepted = f"give at least 1, and 3 fewer than trainer.max_steps={self.max_steps}, whose first 3 warm up"
+        require(room, "trainer.profile_steps", self.profile_steps, accepted)
 
     @property
     def world_size(self) -> int:
@@ -199,7 +211,18 @@ def _build(schema: type, node: object, key: str) -> Any:
     for name, hint in hints.items():
         if dataclasses.is_dataclass(hint) and name in values:
             values[name] = _build(typing.cast(type, hint), values[name], f"{key}{name}.")
+    if schema is TrainerConfig:
+        return _build_trainer(values)
     return schema(**check_arguments(values, schema, key.rstrip("."), hidden=set()))
+
+
+def _build_trainer(values: dict[str, Any]) -> TrainerConfig:
+    own = {each.name for each in dataclasses.fields(TrainerConfig)} - {"lightning"}
+    added = {name: value for name, value in values.items() if name not in own}
+    for name, value in added.items():
+        check_trainer_argument(name, value, own)
+    given = {name: value for name, value in values.items() if name in own}
+    return TrainerConfig(**check_arguments(given, TrainerConfig, "trainer", hidden={"lightning"}), lightning=added)
 
 
 def _check_across(config: Config) -> None:
