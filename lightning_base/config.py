@@ -1,9 +1,8 @@
 """The schema of the configuration, and the checks that cross fields: one sentence for every mistake."""
 
 import dataclasses
-import hashlib
+import importlib.util
 import math
-import re
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -157,6 +156,8 @@ class TrainerConfig:
 @dataclass(frozen=True)
 class LoggerConfig:
     tensorboard: bool = True
+    wandb: bool = False
+    mlflow: bool = False
 
 
 @dataclass(frozen=True)
@@ -284,18 +285,11 @@ def check_devices(trainer: TrainerConfig) -> str:
     return accelerator
 
 
-def job_name(override_dirname: str, seed: int) -> str:
-    """The folder of one job: its overrides, cut with a hash where a file system would refuse the length, and its seed.
-
-    The seed is always there, given or not, so that adding seeds to an experiment does not train the first one again.
-
-    >>> job_name("model.width=64,router=base", 2)
-    'router=base,model.width=64,seed=2'
-    >>> job_name("", 1)
-    'seed=1'
-    """
-    # The router first: it is what one looks for in a listing.
-    name = re.sub(r"^(.*),(router=[^,]*)", r"\2,\1", override_dirname.replace("/", "_"))
-    if len(name.encode()) > 120:
-        name = f"{name[:100]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
-    return f"{name},seed={seed}" if name else f"seed={seed}"
+def check_loggers(logger: LoggerConfig) -> None:
+    """Raises ConfigError for a logger whose package is an extra that is not installed."""
+    for name in ("wandb", "mlflow"):
+        if getattr(logger, name) and importlib.util.find_spec(name) is None:
+            raise ConfigError(
+                f"logger.{name}=true needs a package that is not installed: "
+                f".venv/bin/pip install -c constraints.txt -e '.[{name}]', or choose logger=tensorboard"
+            )

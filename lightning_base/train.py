@@ -31,7 +31,7 @@ from lightning_base.callbacks.compute_balance import ComputeBalance
 from lightning_base.callbacks.expert_load import ExpertLoadLogger
 from lightning_base.callbacks.learnt_by_heart import LearntByHeart
 from lightning_base.callbacks.metrics_csv import MetricsCsv
-from lightning_base.callbacks.progress import ArmProgressBar
+from lightning_base.callbacks.progress import ArmProgressBar, ProgressFile
 from lightning_base.callbacks.recording import PlanRecorder
 from lightning_base.callbacks.routing_gap import RoutingGap
 from lightning_base.callbacks.saving import PeriodicCheckpoint, PreemptedError, Preemption
@@ -41,6 +41,7 @@ from lightning_base.config import Config, check_devices, read_config
 from lightning_base.data import Corpus, TextDataModule
 from lightning_base.distributed.launch import PREEMPTED, die_with_parent
 from lightning_base.instantiation import ConfigError, instantiate
+from lightning_base.loggers import finish_loggers, offline_loggers
 from lightning_base.module import LanguageModel
 from lightning_base.run_directory import RunDirectory, write_json
 
@@ -76,6 +77,7 @@ def run(config: Config, directory: Path) -> Result:
     loggers: list[Logger] = [MetricsCsv(directory / "metrics.csv", lambda: clock.seconds, resumed_step)]
     if config.logger.tensorboard:
         loggers.insert(0, TensorBoardLogger(directory, name="", version="tensorboard", default_hp_metric=False))
+    loggers += offline_loggers(config, directory, plain)
     balance = ComputeBalance(directory / "compute_balance.csv", every, resumed_step)
     causality, gap = CausalityMonitor(), RoutingGap()
     # The step is taken apart next to the clock, so that the work of the other callbacks is in neither.
@@ -86,7 +88,7 @@ def run(config: Config, directory: Path) -> Result:
     if config.trainer.record_plans:
         callbacks.append(PlanRecorder(job))
     if config.trainer.progress_bar:
-        callbacks.append(ArmProgressBar(job))
+        callbacks.append(ProgressFile(job) if job.output.exists() else ArmProgressBar(job))
     # After the bar, which has ended when they print.
     if config.trainer.profile_steps:
         callbacks.append(StepProfile(job.path / "profile", config.trainer.profile_steps))
@@ -187,7 +189,7 @@ def build_trainer(config: Config, directory: Path, loggers: list[Logger], callba
         val_check_interval=min(batches, options.validate_every_n_steps * options.accumulate_grad_batches),
         use_distributed_sampler=False,
         enable_checkpointing=False,
-        enable_progress_bar=options.progress_bar,
+        enable_progress_bar=any(isinstance(callback, ArmProgressBar) for callback in callbacks),
         detect_anomaly=options.detect_anomaly,
         logger=loggers,
         callbacks=callbacks,
@@ -279,6 +281,8 @@ def main(directory: Path) -> int:
         if isinstance(error, ConfigError):
             return 2
         raise
+    finally:
+        finish_loggers()
     if result.state == "preempted" and rank == 0:
         job.write_status("preempted")
     return PREEMPTED if result.state == "preempted" else 0
