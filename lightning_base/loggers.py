@@ -23,12 +23,13 @@ def offline_loggers(config: Config, directory: Path, plain: dict[str, Any]) -> l
         directory: of the run.
         plain: the configuration as it was composed, which both keep.
     """
-    # What these packages send home about their use, and a colour or a prompt that nobody waits for.
-    os.environ.update(WANDB_MODE="offline", WANDB_ERROR_REPORTING="false", MLFLOW_DISABLE_TELEMETRY="true")
     found: list[Logger] = []
+    # Neither waits for an account, or sends home how it is used.
     if config.logger.wandb:
+        os.environ.update(WANDB_MODE="offline", WANDB_ERROR_REPORTING="false")
         found.append(wandb_logger(config, directory))
     if config.logger.mlflow:
+        os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
         found.append(mlflow_logger(config, directory))
     for logger in found:
         logger.log_hyperparams(plain)
@@ -62,7 +63,7 @@ def mlflow_logger(config: Config, directory: Path) -> Logger:
         artifact_location=directory.parent.as_uri(),
         run_id=kept.read_text() if kept.exists() else None,
     )
-    if not rank_zero_only.rank:
+    if not getattr(rank_zero_only, "rank", 0):
         kept.write_text(str(logger.run_id))
     return logger
 

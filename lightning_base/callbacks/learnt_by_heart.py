@@ -20,10 +20,11 @@ class LearntByHeart(pl.Callback):
         steps = range(data.distinct_batches or 0)
         targets = torch.cat([sequences[int(i)]["targets"] for step in steps for i in sampler.global_batch_at(step)])
         loss, known = float(trainer.callback_metrics["train/loss"]), unigram_entropy(targets)
+        repeated = "batch" if len(steps) == 1 else f"{len(steps)} batches"
         print(
-            f"training loss {loss:.3f} after {trainer.global_step} steps over the same {len(steps)} batches; "
-            f"the frequencies of their tokens alone would give {known:.3f}"
-            + ("" if loss < known / 2 else ": the model has not learnt them by heart")
+            f"training loss {loss:.3f} after {trainer.global_step} steps over the same {repeated}; "
+            f"token frequencies alone would give {known:.3f}"
+            + ("" if loss < known / 2 else ": the model has not learnt it by heart")
         )
 
 

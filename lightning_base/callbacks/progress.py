@@ -158,7 +158,13 @@ class ProgressFile(pl.Callback):
         self._began = time.monotonic()
 
     def on_test_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         if self._is_due():
             left = sum(map(int, trainer.num_test_batches)) - batch_idx - 1
