@@ -1,9 +1,8 @@
 """The schema of the configuration, and the checks that cross fields: one sentence for every mistake."""
 
 import dataclasses
-import hashlib
+import importlib.util
 import math
-import re
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from lightning_base.instantiation import ConfigError, check_arguments, instantia
 from lightning_base.model import sparse_positions
 from lightning_base.moe.experts import Activation
 from lightning_base.routing.router import Router
+from lightning_base.trainer_arguments import check_trainer_argument
 
 
 def require(holds: bool, key: str, value: object, accepted: str) -> None:
@@ -92,6 +92,7 @@ class DataConfig:
     attend_across_documents: bool = True
     validation_sequences: int | None = None
     num_workers: int = 0
+    distinct_batches: int | None = None
 
     def __post_init__(self) -> None:
         require(self.vocab_size >= 257, "data.vocab_size", self.vocab_size, "256 bytes and the end of text need 257")
@@ -103,6 +104,10 @@ class DataConfig:
         limit = self.validation_sequences is None or self.validation_sequences >= 1
         require(limit, "data.validation_sequences", self.validation_sequences, "give at least 1, or null for all")
         require(self.num_workers >= 0, "data.num_workers", self.num_workers, "give 0 or more")
+        distinct = self.distinct_batches is None or self.distinct_batches >= 1
+        require(
+            distinct, "data.distinct_batches", self.distinct_batches, "give at least 1, or null for new text always"
+        )
 
 
 @dataclass(frozen=True)
@@ -131,6 +136,9 @@ class TrainerConfig:
     progress_bar: bool = True
     detect_anomaly: bool = False
     record_plans: bool = False
+    profile_steps: int | None = None
+    # What else the configuration has under ``trainer``, for Lightning's Trainer as it is.
+    lightning: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         counts = ("max_steps", "devices", "num_nodes", "accumulate_grad_batches", "log_every_n_steps")
@@ -142,6 +150,9 @@ class TrainerConfig:
         require(threads, "trainer.threads", self.threads, "give at least 1, or null")
         keep = self.keep_checkpoints is None or self.keep_checkpoints >= 1
         require(keep, "trainer.keep_checkpoints", self.keep_checkpoints, "give at least 1, or null to keep all")
+        room = self.profile_steps is None or 1 <= self.profile_steps <= self.max_steps - 3
+        accepted = f"give at least 1, and 3 fewer than trainer.max_steps={self.max_steps}, whose first 3 warm up"
+        require(room, "trainer.profile_steps", self.profile_steps, accepted)
 
     @property
     def world_size(self) -> int:
@@ -151,6 +162,8 @@ class TrainerConfig:
 @dataclass(frozen=True)
 class LoggerConfig:
     tensorboard: bool = True
+    wandb: bool = False
+    mlflow: bool = False
 
 
 @dataclass(frozen=True)
@@ -205,7 +218,18 @@ def _build(schema: type, node: object, key: str) -> Any:
     for name, hint in hints.items():
         if dataclasses.is_dataclass(hint) and name in values:
             values[name] = _build(typing.cast(type, hint), values[name], f"{key}{name}.")
+    if schema is TrainerConfig:
+        return _build_trainer(values)
     return schema(**check_arguments(values, schema, key.rstrip("."), hidden=set()))
+
+
+def _build_trainer(values: dict[str, Any]) -> TrainerConfig:
+    own = {each.name for each in dataclasses.fields(TrainerConfig)} - {"lightning"}
+    added = {name: value for name, value in values.items() if name not in own}
+    for name, value in added.items():
+        check_trainer_argument(name, value, own)
+    given = {name: value for name, value in values.items() if name in own}
+    return TrainerConfig(**check_arguments(given, TrainerConfig, "trainer", hidden={"lightning"}), lightning=added)
 
 
 def _check_across(config: Config) -> None:
@@ -274,18 +298,11 @@ def check_devices(trainer: TrainerConfig) -> str:
     return accelerator
 
 
-def job_name(override_dirname: str, seed: int) -> str:
-    """The folder of one job: its overrides, cut with a hash where a file system would refuse the length, and its seed.
-
-    The seed is always there, given or not, so that adding seeds to an experiment does not train the first one again.
-
-    >>> job_name("model.width=64,router=base", 2)
-    'router=base,model.width=64,seed=2'
-    >>> job_name("", 1)
-    'seed=1'
-    """
-    # The router first: it is what one looks for in a listing.
-    name = re.sub(r"^(.*),(router=[^,]*)", r"\2,\1", override_dirname.replace("/", "_"))
-    if len(name.encode()) > 120:
-        name = f"{name[:100]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
-    return f"{name},seed={seed}" if name else f"seed={seed}"
+def check_loggers(logger: LoggerConfig) -> None:
+    """Raises ConfigError for a logger whose package is an extra that is not installed."""
+    for name in ("wandb", "mlflow"):
+        if getattr(logger, name) and importlib.util.find_spec(name) is None:
+            raise ConfigError(
+                f"logger.{name}=true needs a package that is not installed: "
+                f".venv/bin/pip install -c constraints.txt -e '.[{name}]', or choose logger=tensorboard"
+            )

@@ -5,6 +5,7 @@ import re
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
 
 from lightning_base.instantiation import ConfigError, did_you_mean
+from lightning_base.trainer_arguments import without_plus
 
 # The exit code of whatever is wrong with the input, before anything is spent.
 BAD_INPUT = 2
@@ -23,6 +24,10 @@ def explain(error: Exception) -> str:
         found = re.search(r"Could not override '([^']+)'", str(error))
         near = _near_keys(cause, found.group(1)) if found else ""
         if found and ("not in struct" in text or "not in struct" in str(error)):
+            group, _, name = found.group(1).rpartition(".")
+            of_lightning = without_plus(name) if group == "trainer" else None
+            if of_lightning:
+                return of_lightning
             return f"{found.group(1)} is not a key of the configuration{near}"
         unknown_group = re.search(r"Could not override '([^']+)'. No match in the defaults list", str(error))
         if unknown_group:

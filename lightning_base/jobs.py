@@ -13,7 +13,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from lightning_base.config import Config, check_devices, read_config
+from lightning_base.config import Config, check_devices, check_loggers, read_config
 from lightning_base.data import Corpus, prepare_for_run
 from lightning_base.distributed.forked import ForkedRank
 from lightning_base.distributed.launch import PREEMPTED, command, launch
@@ -21,6 +21,8 @@ from lightning_base.instantiation import ConfigError, instantiate
 from lightning_base.run_directory import RunDirectory, read_json
 
 RANK_ENTRY = "lightning_base.train"
+# Set while a table of the whole sweep is on the terminal, for all processes that a launcher may run jobs in.
+LIVE_TABLE = "LIGHTNING_BASE_LIVE_TABLE"
 
 # The jobs this process has taken on, for the summary of a run without a sweep.
 STARTED: list[RunDirectory] = []
@@ -39,6 +41,7 @@ def job(composed: DictConfig) -> str:
     STARTED.append(run)
     in_parent = hydra_config.mode == RunMode.RUN and hydra_config.runtime.choices.get("debug") is not None
     check_devices(config.trainer)
+    check_loggers(config.logger)
     check_nodes(config)
     first_node = node_rank(config) == 0
     left = check_run_directory(run, plain) if first_node else run.status().get("state") != "done"
@@ -62,6 +65,9 @@ def write_job(run: RunDirectory, plain: dict[str, Any], overrides: list[str], pr
     run.write_prepared_corpus(prepared)
     for old in run.failures.glob("*.json"):
         old.unlink()
+    run.output.unlink(missing_ok=True)
+    if LIVE_TABLE in os.environ:
+        run.output.touch()
     run.write_status("running")
 
 
@@ -91,7 +97,8 @@ def run_tree(run: RunDirectory, config: Config, *, own_process: bool) -> str:
             trainer = config.trainer
             several = command(run.path, devices=trainer.devices, num_nodes=trainer.num_nodes, entry=RANK_ENTRY)
             alone = trainer.world_size == 1
-            code, terminated = launch((lambda: ForkedRank(RANK_ENTRY, run.path)) if alone else several)
+            output = run.output if run.output.exists() else None
+            code, terminated = launch((lambda: ForkedRank(RANK_ENTRY, run.path, output)) if alone else several, output)
         else:
             code = run_here(run)
     except KeyboardInterrupt:
@@ -241,5 +248,6 @@ def shown(path: Path) -> str:
 
 
 def say(text: str) -> None:
-    """One line for the person at the terminal; progress bars use the same stream."""
-    print(text, file=sys.stderr, flush=True)
+    """One line for the person at the terminal; progress bars use the same stream. A table says it by itself."""
+    if LIVE_TABLE not in os.environ:
+        print(text, file=sys.stderr, flush=True)

@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import hydra
@@ -10,13 +11,12 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from lightning_base.config import job_name
 from lightning_base.distributed.launch import PREEMPTED
 from lightning_base.explain import BAD_INPUT, explain
 from lightning_base.instantiation import ConfigError
 from lightning_base.jobs import ENDED_HERE, STARTED, job, say, shown
 from lightning_base.run_directory import RunDirectory
-from lightning_base.sweep import CheckSweep
+from lightning_base.sweep import CheckSweep, job_name
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 
@@ -40,7 +40,8 @@ def main() -> None:
     CheckSweep.expected = sweep
     STARTED.clear()
     try:
-        task()
+        with ExitStack() as CheckSweep.display:
+            task()
         if mistakes:
             raise mistakes[0]
     except (ConfigError, HydraException, OmegaConfBaseException) as error:

@@ -34,6 +34,19 @@ class RunDirectory:
         """One file per rank that failed."""
         return self.path / "failures"
 
+    @property
+    def output(self) -> Path:
+        """What the ranks print, if the terminal is taken by the table of a sweep; otherwise there is no such file."""
+        return self.path / "output.log"
+
+    def progress(self) -> dict[str, Any]:
+        """How far the job is, as its first rank has written it for that table, or {}."""
+        return read_json(self.path / "progress.json")
+
+    def write_progress(self, **fields: Any) -> None:
+        """Once a second: on the disk a little later will do."""
+        write_json(self.path / "progress.json", {"time": time.time(), **fields}, sync=False)
+
     def status(self) -> dict[str, Any]:
         """What status.json says, or {} if there is none."""
         return read_json(self.path / "status.json")
@@ -106,13 +119,14 @@ def read_json(path: Path) -> dict[str, Any]:
     return found
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Writes a JSON object beside its place and moves it there."""
+def write_json(path: Path, content: dict[str, Any], *, sync: bool = True) -> None:
+    """Writes a JSON object beside its place and moves it there; with ``sync`` it survives a crash of the machine."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     with open(temporary, "w") as file:
         json.dump(content, file, indent=2)
         file.write("\n")
         file.flush()
-        os.fsync(file.fileno())
+        if sync:
+            os.fsync(file.fileno())
     os.replace(temporary, path)

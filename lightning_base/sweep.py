@@ -1,9 +1,13 @@
 """A sweep: checked whole before its first job starts, so that the last arm's mistake does not show after hours."""
 
+import hashlib
+import os
+import re
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -12,11 +16,12 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from lightning_base.config import Config, check_devices, read_config
+from lightning_base.config import Config, check_devices, check_loggers, read_config
 from lightning_base.distributed.forked import warm_up
 from lightning_base.explain import BAD_INPUT, explain
 from lightning_base.instantiation import ConfigError
 from lightning_base.jobs import (
+    LIVE_TABLE,
     RANK_ENTRY,
     check_nodes,
     check_run_directory,
@@ -32,6 +37,8 @@ class CheckSweep(Callback):
     """A Hydra callback: checks all jobs of a sweep before the first one starts, and notes them in sweep.json."""
 
     expected: list[RunDirectory] | None = None
+    # What is on the terminal as long as jobs run; whoever began the command ends it.
+    display = ExitStack()
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         # Hydra turns exceptions of callbacks into warnings; only an exit gets through.
@@ -58,6 +65,7 @@ class CheckSweep(Callback):
             plain = plain_config(composed)
             checked = read_config(plain)
             check_devices(checked.trainer)
+            check_loggers(checked.logger)
             check_nodes(checked)
             run = RunDirectory(sweep / subdirectory)
             if node_rank(checked) == 0:
@@ -75,6 +83,20 @@ class CheckSweep(Callback):
         )
         if CheckSweep.expected is not None:
             CheckSweep.expected[:] = jobs
+        if config.trainer.get("progress_bar", True) and takes_a_table(sys.stderr):
+            self._show(dict(zip(jobs, labels, strict=True)))
+
+    def _show(self, jobs: dict[RunDirectory, str]) -> None:
+        from lightning_base.live_table import LiveTable  # needs rich, which takes a moment
+
+        os.environ[LIVE_TABLE] = "1"
+        CheckSweep.display.callback(os.environ.pop, LIVE_TABLE, None)
+        CheckSweep.display.enter_context(LiveTable(jobs))
+
+
+def takes_a_table(stream: TextIO) -> bool:
+    """Whether a table can be drawn anew in its place: on a terminal that can move its cursor, and nowhere else."""
+    return stream.isatty() and os.environ.get("TERM", "dumb") not in ("dumb", "unknown")
 
 
 def expand(config: DictConfig) -> Sequence[Sequence[str]]:
@@ -92,3 +114,20 @@ def job_labels(combinations: Sequence[Sequence[str]]) -> list[str]:
     common = set.intersection(*(set(overrides) for overrides in combinations)) if len(combinations) > 1 else set()
     distinct = [[override for override in overrides if override not in common] for overrides in combinations]
     return [", ".join(override.removeprefix("router=") for override in overrides) for overrides in distinct]
+
+
+def job_name(override_dirname: str, seed: int) -> str:
+    """The folder of one job: its overrides, cut with a hash where a file system would refuse the length, and its seed.
+
+    The seed is always there, given or not, so that adding seeds to an experiment does not train the first one again.
+
+    >>> job_name("model.width=64,router=base", 2)
+    'router=base,model.width=64,seed=2'
+    >>> job_name("", 1)
+    'seed=1'
+    """
+    # The router first: it is what one looks for in a listing.
+    name = re.sub(r"^(.*),(router=[^,]*)", r"\2,\1", override_dirname.replace("/", "_"))
+    if len(name.encode()) > 120:
+        name = f"{name[:100]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    return f"{name},seed={seed}" if name else f"seed={seed}"

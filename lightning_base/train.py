@@ -30,18 +30,21 @@ from lightning_base.callbacks.clock import TrainingClock
 from lightning_base.callbacks.compute_balance import ComputeBalance
 from lightning_base.callbacks.expert_load import ExpertLoadLogger
 from lightning_base.callbacks.hparams import show_result
+from lightning_base.callbacks.learnt_by_heart import LearntByHeart
 from lightning_base.callbacks.metrics_csv import MetricsCsv
-from lightning_base.callbacks.progress import ArmProgressBar
+from lightning_base.callbacks.progress import ArmProgressBar, ProgressFile
 from lightning_base.callbacks.recording import PlanRecorder
 from lightning_base.callbacks.routing_change import RoutingChange
 from lightning_base.callbacks.routing_gap import RoutingGap
 from lightning_base.callbacks.saving import PeriodicCheckpoint, PreemptedError, Preemption
+from lightning_base.callbacks.step_profile import StepProfile
 from lightning_base.callbacks.step_time import StepTime
 from lightning_base.callbacks.tensorboard import Arrangement, Board
 from lightning_base.config import Config, check_devices, read_config
 from lightning_base.data import Corpus, TextDataModule
 from lightning_base.distributed.launch import PREEMPTED, die_with_parent
 from lightning_base.instantiation import ConfigError, instantiate
+from lightning_base.loggers import finish_loggers, offline_loggers
 from lightning_base.module import LanguageModel
 from lightning_base.run_directory import RunDirectory, write_json
 
@@ -77,6 +80,7 @@ def run(config: Config, directory: Path) -> Result:
     loggers: list[Logger] = [MetricsCsv(directory / "metrics.csv", lambda: clock.seconds, resumed_step)]
     if config.logger.tensorboard:
         loggers.insert(0, Board(directory))
+    loggers += offline_loggers(config, directory, plain)
     balance = ComputeBalance(directory / "compute_balance.csv", every, resumed_step)
     causality, gap = CausalityMonitor(), RoutingGap()
     # The step is taken apart next to the clock, so that the work of the other callbacks is in neither.
@@ -87,7 +91,12 @@ def run(config: Config, directory: Path) -> Result:
     if config.trainer.record_plans:
         callbacks.append(PlanRecorder(job))
     if config.trainer.progress_bar:
-        callbacks.append(ArmProgressBar(job))
+        callbacks.append(ProgressFile(job) if job.output.exists() else ArmProgressBar(job))
+    # After the bar, which has ended when they print.
+    if config.trainer.profile_steps:
+        callbacks.append(StepProfile(job.path / "profile", config.trainer.profile_steps))
+    if config.data.distinct_batches:
+        callbacks.append(LearntByHeart())
     # Last, so that a checkpoint holds what the others have counted up to this step.
     keep = config.trainer.keep_checkpoints
     callbacks += [PeriodicCheckpoint(job, config.trainer.checkpoint_every_n_steps, keep), Preemption(job, keep)]
@@ -197,15 +206,14 @@ def build_trainer(config: Config, directory: Path, loggers: list[Logger], callba
         gradient_clip_val=options.gradient_clip_val,
         log_every_n_steps=options.log_every_n_steps,
         val_check_interval=min(batches, options.validate_every_n_steps * options.accumulate_grad_batches),
-        num_sanity_val_steps=0,
         use_distributed_sampler=False,
         enable_checkpointing=False,
-        enable_model_summary=False,
-        enable_progress_bar=options.progress_bar,
+        enable_progress_bar=any(isinstance(callback, ArmProgressBar) for callback in callbacks),
         detect_anomaly=options.detect_anomaly,
         logger=loggers,
         callbacks=callbacks,
         plugins=[checkpoint.VerifiedCheckpointIO()],
+        **{"num_sanity_val_steps": 0, "enable_model_summary": False, **options.lightning},
     )
 
 
@@ -248,6 +256,8 @@ def quiet() -> None:
     """Turns off Lightning's announcements, and its warnings that advise against what this program does on purpose."""
     for name in ("pytorch_lightning", "lightning.pytorch", "lightning_fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    # Only with +trainer.enable_model_summary=true, and then it is what was asked for.
+    logging.getLogger("pytorch_lightning.callbacks.model_summary").setLevel(logging.INFO)
     for message in (
         ".*It is recommended to use `self.log.*sync_dist=True.*",  # our metrics are synchronised already
         ".*does not have many workers.*",
@@ -273,6 +283,8 @@ def main(directory: Path) -> int:
         if isinstance(error, ConfigError):
             return 2
         raise
+    finally:
+        finish_loggers()
     if result.state == "preempted" and rank == 0:
         job.write_status("preempted")
     return PREEMPTED if result.state == "preempted" else 0

@@ -8,12 +8,22 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 CASES = {
     "an unknown router": (["router=swich"], "router=swich does not exist; did you mean switch?"),
-    "an unknown experiment": (["experiment=comparee"], "did you mean compare?"),
+    "an unknown experiment": (["experiment=comapre"], "experiment=comapre does not exist; did you mean compare?"),
     "an unknown key": (
         ["trainer.max_stepz=5"],
         "trainer.max_stepz is not a key of the configuration; did you mean max_steps?",
     ),
     "an unknown key that is appended": (["+trainer.max_stepz=5"], "did you mean max_steps?"),
+    "an argument of the Trainer without its plus": (
+        ["trainer.limit_val_batches=2"],
+        "trainer.limit_val_batches is an argument of Lightning's Trainer that is added with a plus: "
+        "+trainer.limit_val_batches=...",
+    ),
+    "an argument of the Trainer that the comparison does not bear": (
+        ["+trainer.overfit_batches=1"],
+        "trainer.overfit_batches is not passed to Lightning's Trainer: Lightning would replace the loader that keeps "
+        "the order of the batches: use debug=overfit",
+    ),
     "an unknown option of a router": (["router=switch", "router.capacity=2"], "did you mean capacity_factor?"),
     "an option of some routers of a sweep": (
         ["-m", "router=switch,top_k", "router.capacity_factor=2"],

@@ -1,4 +1,4 @@
-"""A progress bar that says which arm of how many is running and how long is left."""
+"""A progress bar that says which arm of how many is running and how long is left; or a file that says so."""
 
 import sys
 import time
@@ -128,3 +128,59 @@ class ArmProgressBar(TQDMProgressBar):
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
         ringing = [name for callback in callbacks if isinstance(callback, Alarms) for name in callback.active]
         return {**shown, "ALARM": "+".join(ringing)} if ringing else shown
+
+
+class ProgressFile(pl.Callback):
+    """Writes how far a job is to ``progress.json``, about once a second, for the table of a sweep.
+
+    ``phase`` training or evaluating, ``step``, ``max_steps``, ``loss`` (the last training loss) and ``seconds_left`` of
+    the phase, each None as long as it is not known.
+    """
+
+    def __init__(self, run: RunDirectory) -> None:
+        self.run = run
+        self._began, self._first, self._written = 0.0, 0, -LOOK_SECONDS
+        self._loss: float | None = None
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._began, self._first = time.monotonic(), trainer.global_step
+        self._write(trainer, "training", None)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        if self._is_due():
+            done, left = trainer.global_step - self._first, trainer.max_steps - trainer.global_step
+            self._write(trainer, "training", self._left(done, left))
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._write(trainer, "evaluating", None)
+
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._began = time.monotonic()
+
+    def on_test_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if self._is_due():
+            left = sum(map(int, trainer.num_test_batches)) - batch_idx - 1
+            self._write(trainer, "evaluating", self._left(batch_idx + 1, left))
+
+    def _is_due(self) -> bool:
+        return time.monotonic() - self._written >= LOOK_SECONDS
+
+    def _left(self, done: int, left: int) -> float | None:
+        return (time.monotonic() - self._began) * left / done if done else None
+
+    def _write(self, trainer: pl.Trainer, phase: str, seconds_left: float | None) -> None:
+        self._written = time.monotonic()
+        loss = trainer.callback_metrics.get("train/loss")
+        if loss is not None:
+            self._loss = float(loss)  # a GPU is waited for here
+        if trainer.is_global_zero:
+            numbers = {"step": trainer.global_step, "max_steps": trainer.max_steps, "loss": self._loss}
+            self.run.write_progress(phase=phase, seconds_left=seconds_left, **numbers)

@@ -55,6 +55,7 @@ class TextDataModule(pl.LightningDataModule):
         seed: of the order of training sequences.
         num_steps: optimizer steps in the whole run.
         accumulation: micro batches per step and rank.
+        distinct_batches: how many global batches training repeats over and over; None takes new text in every step.
         prepared: the name of the corpus's folder in `cache_dir`, if it has been prepared already.
 
     Attributes:
@@ -83,6 +84,7 @@ class TextDataModule(pl.LightningDataModule):
         seed: int,
         num_steps: int,
         accumulation: int = 1,
+        distinct_batches: int | None = None,
         prepared: str | None = None,
     ) -> None:
         super().__init__()
@@ -102,6 +104,7 @@ class TextDataModule(pl.LightningDataModule):
         self.seed = seed
         self.num_steps = num_steps
         self.accumulation = accumulation
+        self.distinct_batches = distinct_batches
         self.prepared_folder = prepared
         self.prepared = None
 
@@ -155,6 +158,7 @@ class TextDataModule(pl.LightningDataModule):
             world_size=self.world_size,
             rank=self.rank,
             accumulation=self.accumulation,
+            distinct_batches=self.distinct_batches,
         )
         return TrainingLoader(dataset, sampler, self.num_workers)
 

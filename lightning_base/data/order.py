@@ -50,6 +50,7 @@ class GlobalBatchSampler(Sampler[list[int]]):
         rank: which of them this is.
         accumulation: A.
         start_step: the step to begin with.
+        distinct_batches: how many global batches there are before the first one comes again; None lets epochs decide.
 
     Raises:
         ValueError: the global batch cannot be divided, or does not fit into one epoch.
@@ -66,6 +67,7 @@ class GlobalBatchSampler(Sampler[list[int]]):
         rank: int = 0,
         accumulation: int = 1,
         start_step: int = 0,
+        distinct_batches: int | None = None,
     ) -> None:
         check_batch(global_batch, world_size, accumulation, routing_group=1)
         if dataset_length < global_batch:
@@ -79,6 +81,7 @@ class GlobalBatchSampler(Sampler[list[int]]):
         self.global_batch = global_batch
         self.seed = seed
         self.num_steps = num_steps
+        self.period = None if distinct_batches is None else distinct_batches * global_batch
         self.accumulation = accumulation
         self.micro_batch = global_batch // (world_size * accumulation)
         self.rank = rank
@@ -140,9 +143,11 @@ class GlobalBatchSampler(Sampler[list[int]]):
     def _at(self, position: int, count: int) -> Int64[np.ndarray, "count"]:
         """The sequences at `count` positions of the run."""
         positions = np.arange(position, position + count)
+        if self.period is not None:
+            positions %= self.period
         sequences = np.empty(count, dtype=np.int64)
         epochs = positions // self.dataset_length
-        for epoch in range(int(epochs[0]), int(epochs[-1]) + 1):
+        for epoch in np.unique(epochs).tolist():
             here = epochs == epoch
             sequences[here] = permutation(self.dataset_length, self.seed, epoch)[positions[here] % self.dataset_length]
         return sequences

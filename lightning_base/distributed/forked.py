@@ -55,11 +55,14 @@ class ForkedRank:
     Args:
         entry: the module whose function ``rank`` it runs.
         run_directory: the argument of that function.
+        output: the file that takes what it prints; None leaves it to the terminal.
     """
 
-    def __init__(self, entry: str, run_directory: Path) -> None:
+    def __init__(self, entry: str, run_directory: Path, output: Path | None = None) -> None:
         warm_up(entry)
-        self._process = _CONTEXT.Process(target=_run, args=(entry, run_directory))
+        # The server is told the start method of this process, and would not know that of joblib's workers.
+        multiprocessing.set_start_method("forkserver", force=True)
+        self._process = _CONTEXT.Process(target=_run, args=(entry, run_directory, output))
         self._process.start()
         assert self._process.pid is not None
         self.pid = self._process.pid
@@ -79,8 +82,12 @@ def _end_after_command() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _run(entry: str, run_directory: Path) -> None:
+def _run(entry: str, run_directory: Path, output: Path | None) -> None:
     os.setsid()
+    if output is not None:
+        with open(output, "ab") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
     # As in a process of its own; the server's would leave the semaphore of every progress bar behind.
     multiprocessing.set_start_method("fork", force=True)
     die_with_parent()

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Protocol, runtime_checkable
@@ -59,17 +59,18 @@ class Root(Protocol):
     def wait(self, timeout: float | None = None) -> int: ...
 
 
-def launch(start: list[str] | Callable[[], Root]) -> tuple[int, bool]:
+def launch(start: list[str] | Callable[[], Root], output: Path | None = None) -> tuple[int, bool]:
     """Runs a process tree to its end; a signal to this process ends the tree first.
 
     Args:
         start: the command line of the tree's first process, or what starts that process.
+        output: the file that takes what a command line prints; None leaves it to the terminal.
 
     Returns:
         The tree's exit code, and whether this process was asked to stop by SIGTERM meanwhile.
     """
     with tempfile.TemporaryDirectory(prefix="lightning_base_", ignore_cleanup_errors=True) as logs:
-        child = start() if callable(start) else _popen(start, logs)
+        child = start() if callable(start) else _popen(start, logs, output)
         seen: set[psutil.Process] = set()
         try:
             with _forward_signals(child) as received:
@@ -86,8 +87,16 @@ def die_with_parent() -> None:
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
 
 
-def _popen(arguments: list[str], logs: str) -> Root:
-    return subprocess.Popen(arguments, start_new_session=True, preexec_fn=die_with_parent, env=_environment(logs))
+def _popen(arguments: list[str], logs: str, output: Path | None) -> Root:
+    with open(output, "ab") if output is not None else nullcontext() as file:
+        return subprocess.Popen(
+            arguments,
+            start_new_session=True,
+            preexec_fn=die_with_parent,
+            env=_environment(logs),
+            stdout=file,
+            stderr=file,
+        )
 
 
 def _environment(logs: str) -> dict[str, str]:
