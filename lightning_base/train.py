@@ -29,6 +29,7 @@ from lightning_base.callbacks.certificate import BatchFingerprint, Certificate
 from lightning_base.callbacks.clock import TrainingClock
 from lightning_base.callbacks.compute_balance import ComputeBalance
 from lightning_base.callbacks.expert_load import ExpertLoadLogger
+from lightning_base.callbacks.machine import MachineMonitor
 from lightning_base.callbacks.metrics_csv import MetricsCsv
 from lightning_base.callbacks.progress import ArmProgressBar
 from lightning_base.callbacks.recording import PlanRecorder
@@ -78,7 +79,7 @@ def run(config: Config, directory: Path) -> Result:
     causality, gap = CausalityMonitor(), RoutingGap()
     # The step is taken apart next to the clock, so that the work of the other callbacks is in neither.
     callbacks: list[pl.Callback] = [clock, StepTime(every, clock), fingerprint, load, Certificate(job, plain)]
-    callbacks += [AssignmentMonitor(every), balance, causality, gap]
+    callbacks += [MachineMonitor(every, clock), AssignmentMonitor(every), balance, causality, gap]
     callbacks.append(DropByPosition(directory / "drop_by_position.csv", every, resumed_step))
     callbacks.append(Alarms(job, every))
     if config.trainer.record_plans:
