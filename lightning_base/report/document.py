@@ -3,36 +3,25 @@
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from lightning_base.report.answer import answer, cautions, listed
 from lightning_base.report.fairness import BY_SEED, Arm, Comparison, compare, differences
 from lightning_base.report.labels import arm_labels, comparison_titles, short
+from lightning_base.report.marks import footnotes
 from lightning_base.report.read import Experiment, LeftOut, ReportError, Run, read_experiment
-from lightning_base.report.table import Table, footnotes, tables
+from lightning_base.report.table import Table, tables
 from lightning_base.report.verify import problems
 from lightning_base.report.words import WORDS
-
-
-@dataclass(frozen=True)
-class ArmDetails:
-    """Everything a run says of itself, as text: how it was started, its ledger, its certificate, its configuration."""
-
-    label: str
-    directory: str
-    command: str
-    ledger: str
-    certificate: str
-    config: str
 
 
 @dataclass(frozen=True)
 class Section:
     """One comparison: ``answer`` in a sentence or two, ``apart`` in words why it is not part of the first one.
 
-    The first of the ``tables`` is the short one; ``notes`` explain signs that no earlier section has.
+    The first of the ``tables`` is the short one; ``notes`` explain signs that no earlier section has; ``details`` are
+    what every run says of itself: its label, its directory, and texts with their headings.
     """
 
     title: str
@@ -43,7 +32,7 @@ class Section:
     apart: list[str]
     tables: list[Table]
     notes: list[str]
-    details: list[ArmDetails]
+    details: list[tuple[str, str, dict[str, str]]]
     made_with: list[tuple[str, str]]
 
 
@@ -141,18 +130,17 @@ def section(comparison: Comparison, title: str, first: Comparison) -> Section:
     )
 
 
-def details(label: str, run: Run, arm: Arm) -> ArmDetails:
+def details(label: str, run: Run, arm: Arm) -> tuple[str, str, dict[str, str]]:
     """What a reader needs to check one run or to make it again."""
     certificate = {key: value for key, value in run.manifest.items() if key not in ("config", "ledger", "result")}
     overrides = " ".join(f"'{part}'" if set(part) & set(" {}[]()*$'\"") else part for part in run.overrides)
-    return ArmDetails(
-        label=label if len(arm.runs) == 1 else f"{label}, seed {run.seed}",
-        directory=f"{run.path.parent.name}/{run.name}",
-        command=f"python experiments/train.py {overrides}".rstrip(),
-        ledger=pretty(run.ledger),
-        certificate=pretty(certificate),
-        config=yaml.safe_dump(run.config, sort_keys=False),
-    )
+    texts = {
+        "Started with": f"python experiments/train.py {overrides}".rstrip(),
+        "Ledger: what it spent": json.dumps(run.ledger, indent=2),
+        "Certificate: what it was": json.dumps(certificate, indent=2),
+        "Configuration": yaml.safe_dump(run.config, sort_keys=False),
+    }
+    return f"{label}, seed {run.seed}" if len(arm.runs) > 1 else label, f"{run.path.parent.name}/{run.name}", texts
 
 
 def made_with(comparison: Comparison) -> list[tuple[str, str]]:
@@ -176,7 +164,3 @@ def made_with(comparison: Comparison) -> list[tuple[str, str]]:
         ("Python", str(shared["python"])),
         *((key.removeprefix("packages."), str(value)) for key, value in shared.items() if key.startswith("packages.")),
     ]
-
-
-def pretty(content: dict[str, Any]) -> str:
-    return json.dumps(content, indent=2)

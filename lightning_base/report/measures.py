@@ -81,6 +81,7 @@ def steady(name: str) -> Reader:
 
 
 final_loss = field("result", "final/loss")
+bits_per_byte = field("result", "final/bits_per_byte")
 unigram_entropy = field("corpus", "unigram_entropy")
 
 
@@ -149,8 +150,6 @@ def plain(value: float) -> str:
 
 
 QUALITY, COST, ROUTING = "Quality on held-out text", "Cost", "Routing in training"
-LOSS = Measure("validation loss", "", final_loss, number(4))
-BITS = Measure("bits per byte", "", field("result", "final/bits_per_byte"), number(4))
 ROUTED = (
     Measure("drop rate", "training", drop_rate, percent),
     Measure("max_vio", "training", logged("train_group/max_vio/load/mean"), number(3)),
@@ -160,7 +159,7 @@ FULL = (
     Measure("validation loss", QUALITY, final_loss, number(4)),
     Measure("under unigram", QUALITY, under_unigram, number(3)),
     Measure("perplexity", QUALITY, field("result", "final/perplexity"), number(1)),
-    Measure("bits per byte", QUALITY, BITS.read, number(4)),
+    Measure("bits per byte", QUALITY, bits_per_byte, number(4)),
     Measure("tokens/s", "Speed", speed, whole),
     Measure("active parameters", COST, field("ledger", "active_parameters"), short_count),
     Measure("total parameters", COST, field("ledger", "parameters"), short_count),

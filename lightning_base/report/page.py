@@ -82,12 +82,9 @@ alt="{{ picture.title }}: {{ picture.caption }}" src="data:image/svg+xml;base64,
 <dl class="facts">{% for name, value in section.made_with %}<div><dt>{{ name }}</dt><dd>{{ value }}</dd></div>\
 {% endfor %}</dl></details>
 <details><summary>Each run: how it was started, ledger, certificate, configuration</summary>
-{% for run in section.details %}
-<details><summary>{{ run.label }} <small>{{ run.directory }}</small></summary>
-<h4>Started with</h4><pre>{{ run.command }}</pre>
-<h4>Ledger: what it spent</h4><pre>{{ run.ledger }}</pre>
-<h4>Certificate: what it was</h4><pre>{{ run.certificate }}</pre>
-<h4>Configuration</h4><pre>{{ run.config }}</pre>
+{% for label, directory, texts in section.details %}
+<details><summary>{{ label }} <small>{{ directory }}</small></summary>
+{% for heading, text in texts.items() %}<h4>{{ heading }}</h4><pre>{{ text }}</pre>{% endfor %}
 </details>
 {% endfor %}
 </details>

@@ -1,24 +1,24 @@
 """Tables as plain cells, before anyone decides between HTML, Markdown, LaTeX and a terminal."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from lightning_base.report.answer import all_contrasts, balance_sentence, contrasts
 from lightning_base.report.curves import COSTS, budget, loss_at, reached_by_all, seconds_to
-from lightning_base.report.fairness import Arm, Comparison, stage_of, unequal
+from lightning_base.report.fairness import Comparison, stage_of
+from lightning_base.report.marks import NOT_QUIET, OTHER_COST, costs_more, marked, sign
 from lightning_base.report.measures import (
-    BITS,
     COMPUTE,
     DASH,
     FULL,
     LEAK,
-    LOSS,
     ROUTED,
     TIME,
     Measure,
+    bits_per_byte,
     by_seed,
     cell,
     field,
@@ -35,8 +35,7 @@ from lightning_base.report.measures import (
 )
 from lightning_base.report.quiet import machine_noise
 from lightning_base.report.statistics import interval
-
-NOT_CAUSAL_IN_TRAINING, NOT_CAUSAL_IN_EVALUATION, NOT_QUIET, OTHER_COST = "†", "‡", "§", "¶"
+from lightning_base.report.words import COMPUTE_LEAD, CONTRAST_LEAD, GAP_LEAD, LEAK_LEAD, TIME_LEAD
 
 
 @dataclass(frozen=True)
@@ -91,43 +90,6 @@ def tables(comparison: Comparison, labels: Sequence[str]) -> list[Table]:
     return [table for table in found if table.rows]
 
 
-def marked(label: str, arm: Arm, mode: str | None = None) -> str:
-    """The label with the signs of its footnotes; with a ``mode``, the sign for evaluation stands beside that."""
-    training = "" if arm.causal_in(None) else NOT_CAUSAL_IN_TRAINING
-    return label + training + ("" if arm.causal or mode else NOT_CAUSAL_IN_EVALUATION)
-
-
-def footnotes(comparison: Comparison) -> Iterator[str]:
-    """What the signs in the tables mean; only those that occur."""
-    arms, modes = comparison.arms, [arm.causal_in(mode) for arm in comparison.arms for mode in arm.modes]
-    if len(comparison.seeds) > 1:
-        yield (
-            "± is half the width of the 95 % t interval of the mean over seeds, here and in every table. Runs with the "
-            "same seed read the same batches and start from the same shared weights, so a difference is taken seed by "
-            "seed, and may be known better than the losses themselves."
-        )
-    if not all(arm.causal_in(None) for arm in arms):
-        yield (
-            f"{NOT_CAUSAL_IN_TRAINING} Not causal in training: there, a token's expert may depend on later tokens of "
-            "its routing group, so its training loss does not compare. Its validation loss here is measured with "
-            f"causal routing{f', unless marked {NOT_CAUSAL_IN_EVALUATION}' * (not all(modes))}."
-        )
-    if not all(modes):
-        yield (
-            f"{NOT_CAUSAL_IN_EVALUATION} Not causal in evaluation: tokens are routed with a view of later ones, so "
-            "that a validation loss there is no loss of a language model."
-        )
-    if any(noise and noise.disturbed for noise in machine_noise(arms)):
-        yield f"{NOT_QUIET} The machine was not quiet while this arm was trained: its speed and times are uncertain."
-    if any(costs_more(comparison)):
-        yield f"{OTHER_COST} Spends more or fewer FLOPs per token than the reference: a difference may be due to that."
-
-
-def costs_more(comparison: Comparison) -> list[bool]:
-    reference = comparison.arms[comparison.reference]
-    return [unequal((arm, reference), "flops_per_token") for arm in comparison.arms]
-
-
 def short_table(comparison: Comparison, labels: Sequence[str]) -> Table:
     """The few numbers to look at first: one row per arm."""
     arms, noises, other_cost = comparison.arms, machine_noise(comparison.arms), costs_more(comparison)
@@ -146,14 +108,14 @@ def short_table(comparison: Comparison, labels: Sequence[str]) -> Table:
         losses = [loss for loss in by_seed(arm, final_loss).values() if math.isfinite(loss)]
         row = [marked(label, arm) + OTHER_COST * other_cost[i]]
         row += [str(len(arm.runs)) if len(arm.runs) == seeds else f"{len(arm.runs)} of {seeds}"] * several
-        row += [cell(arm, LOSS.read, LOSS.form)]
+        row += [cell(arm, final_loss, number(4))]
         if contrast and contrast.decided:
             strong.add((i, len(row)))
         row += [contrast.text if contrast else DASH] * (len(arms) > 1)
         if several:
             row += [f"{contrast.p:.3f}" if contrast and contrast.interval.known else DASH]
             row += [f"{interval(losses).spread:.4f}" if len(losses) > 1 else DASH]
-        row += [cell(arm, BITS.read, BITS.form), speed_cell(arm) + flag]
+        row += [cell(arm, bits_per_byte, number(4)), speed_cell(arm) + flag]
         pace = pooled_windows(arm)
         row += [whole(float(np.median(pace)) * noise.slower) if noise and flag and len(pace) else ""] * scaled
         rows.append([*row, *(cell(arm, measure.read, measure.form) for measure in ROUTED)])
@@ -177,9 +139,6 @@ def contrast_table(comparison: Comparison, labels: Sequence[str]) -> Table:
     columns = [Column("arm"), Column("held against", words=True)]
     columns += [Column(name) for name in ("difference", "t interval", "bootstrap", "p", "better in")]
     return Table("Paired differences: t and bootstrap intervals", columns, rows, frozenset(strong), CONTRAST_LEAD)
-
-
-CONTRAST_LEAD = "Differences of the final validation loss [nats per token], seed by seed."
 
 
 def equal_cost_table(comparison: Comparison, labels: Sequence[str]) -> Table:
@@ -240,28 +199,8 @@ def measure_table(
     return Table(title, columns, rows, lead=lead, figures=figures)
 
 
-LEAK_LEAD = (
-    "A leak: in routing groups of validation text, everything in the second half was replaced by other text; the share "
-    "of tokens in the first half whose expert, gate or drop changed. Worst layer; each layer's router by itself."
-)
-TIME_LEAD = (
-    "Shares of an optimizer step, mean over the logged steps after the first and over processes. Router to combine are "
-    "the sparse layers in the forward pass; waiting is for slower processes."
-)
-COMPUTE_LEAD = (
-    "Idle fraction: 1 - mean / max of the tokens computed, over processes as they ran and over experts as if each had "
-    "a process of its own; 0 is even, 1 - 1/E is everything on one expert. Uniform and skewed routing are the two ends."
-)
-GAP_LEAD = (
-    "The same validation text routed in each of the router's ways: how many tokens change their experts, and the loss "
-    "and the fullest expert in each. From the second sparse layer on, hidden states differ too."
-)
 TRAINING = {"train_group": "training, one routing group", "train_step": "training, one step"}
 SIDES = (("demand", "Demand: what the router asked for"), ("load", "Load: what was computed, after drops"))
-
-
-def sign(arm: Arm, mode: str) -> str:
-    return "" if arm.causal_in(mode) else NOT_CAUSAL_IN_EVALUATION
 
 
 def balance_table(comparison: Comparison, labels: Sequence[str]) -> Table:

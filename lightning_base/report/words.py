@@ -1,4 +1,4 @@
-"""What the headings of columns mean. A page says it once, under the first table that has the heading."""
+"""What the headings of columns mean, said once, under the first table that has the heading; and what tables show."""
 
 WORDS = {
     "validation loss": "mean negative log-likelihood per token [nats] over the whole validation text after the last "
@@ -66,3 +66,20 @@ WORDS = {
     "empty slots": "share of empty slots in buffers of the experts' capacity",
     "idle time, over processes": "1 - mean/max over processes of the seconds spent in experts",
 }
+CONTRAST_LEAD = "Differences of the final validation loss [nats per token], seed by seed."
+LEAK_LEAD = (
+    "A leak: in routing groups of validation text, everything in the second half was replaced by other text; the share "
+    "of tokens in the first half whose expert, gate or drop changed. Worst layer; each layer's router by itself."
+)
+TIME_LEAD = (
+    "Shares of an optimizer step, mean over the logged steps after the first and over processes. Router to combine are "
+    "the sparse layers in the forward pass; waiting is for slower processes."
+)
+COMPUTE_LEAD = (
+    "Idle fraction: 1 - mean / max of the tokens computed, over processes as they ran and over experts as if each had "
+    "a process of its own; 0 is even, 1 - 1/E is everything on one expert. Uniform and skewed routing are the two ends."
+)
+GAP_LEAD = (
+    "The same validation text routed in each of the router's ways: how many tokens change their experts, and the loss "
+    "and the fullest expert in each. From the second sparse layer on, hidden states differ too."
+)
