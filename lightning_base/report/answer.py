@@ -16,7 +16,7 @@ from lightning_base.report.measures import (
     unigram_entropy,
 )
 from lightning_base.report.quiet import machine_noise
-from lightning_base.report.statistics import Interval, holm, interval
+from lightning_base.report.statistics import Interval, holm, paired
 
 # Of arms beyond noise, as usual; after Holm's correction.
 LEVEL = 0.05
@@ -56,7 +56,7 @@ def contrasts(comparison: Comparison, other: int, arms: Sequence[int], read: Rea
         mine = by_seed(comparison.arms[i], read)
         both = [s for s in mine if s in theirs and math.isfinite(mine[s]) and math.isfinite(theirs[s])]
         if i != other and both and comparison.arms[i].causal and comparison.arms[other].causal:
-            found.append((i, tuple(both), interval([mine[s] - theirs[s] for s in both])))
+            found.append((i, tuple(both), paired([mine[s] for s in both], [theirs[s] for s in both])))
     known = [difference.p for *_, difference in found if difference.known]
     corrected = iter(holm(known))
     return [Contrast(i, other, s, gap, next(corrected) if gap.known else math.nan) for i, s, gap in found]
@@ -86,17 +86,19 @@ def answer(comparison: Comparison, labels: Sequence[str]) -> list[str]:
         return [f"One seed does not support a ranking. The validation losses {texts}; seed=1,2,3 gives intervals."]
     sentences = []
     for other in dict.fromkeys(contrast.other for contrast in found):
-        mine = [contrast for contrast in found if contrast.other == other]
+        mine = [contrast for contrast in found if contrast.other == other and contrast.interval.known]
+        single = [labels[c.arm] for c in found if c.other == other and not c.interval.known]
+        left = f" Not ranked, with one seed in common: {listed(single)}." if single else ""
         numbers = sorted({len(contrast.seeds) for contrast in mine})
-        seeds = " to ".join(map(str, dict.fromkeys((numbers[0], numbers[-1]))))
-        if other == comparison.reference:
+        seeds = " to ".join(map(str, dict.fromkeys((numbers[0], numbers[-1])))) if mine else ""
+        if mine and other == comparison.reference:
             where = f"{labels[other]} ({losses[other]:.4f} nats per token, {seeds} paired seeds)"
             words = placed(mine, labels, ("lower with", "higher with", "within the noise with"))
-            sentences.append(f"Against {where}, the validation loss is {words}")
-        else:
+            sentences.append(f"Against {where}, the validation loss is {words}{left}")
+        elif mine:
             # Arms minus BASE, turned round: where BASE stands.
             words = placed(mine, labels, ("beaten by", "better than", "within the noise of"))
-            sentences.append(f"{labels[other]} is {words}")
+            sentences.append(f"{labels[other]} is {words}{left}")
     return sentences
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter
+from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from lightning_base.report.answer import contrasts
 from lightning_base.report.colors import Style, styles
@@ -15,7 +15,7 @@ from lightning_base.report.fairness import Arm, Comparison
 from lightning_base.report.loads import drops_by_position, load_bars, load_heatmaps, time_bars
 from lightning_base.report.measures import ROUTED, by_seed, final_loss, mean, speed
 from lightning_base.report.picture import Picture
-from lightning_base.report.statistics import interval
+from lightning_base.report.statistics import margin
 
 
 def pictures(comparison: Comparison, labels: Sequence[str]) -> list[Picture]:
@@ -25,7 +25,7 @@ def pictures(comparison: Comparison, labels: Sequence[str]) -> list[Picture]:
         return [
             *differences(comparison, labels, looks),
             *loss_curves(comparison.arms, labels, looks),
-            *pareto(comparison.arms, labels, looks),
+            *pareto(comparison.arms, labels),
             *load_bars(comparison.arms, labels, looks),
             *load_heatmaps(comparison.arms, labels),
             *drops_by_position(comparison.arms, labels, looks),
@@ -53,6 +53,7 @@ def differences(comparison: Comparison, labels: Sequence[str], looks: Sequence[S
             axes.plot(gap.mean, line, "D", color=color, mfc=filled, ms=7, gid=f"difference{contrast.arm}")
     axes.set_yticks(range(len(found)), [labels[contrast.arm] for contrast in found])
     axes.set_ylim(len(found) - 0.5, -0.5)
+    axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.grid(axis="y", visible=False)
     axes.set_xlabel(f"loss minus that of {reference} [nats per token]")
     caption = (
@@ -91,8 +92,8 @@ def loss_curves(arms: Sequence[Arm], labels: Sequence[str], looks: Sequence[Styl
                 x, y.mean(0), color=look.color, marker=look.marker, ls=look.line, ms=5, label=labels[i], gid=f"line{i}"
             )
             if len(runs) > 1:
-                margin = np.array([interval(column).margin for column in y.T])
-                axes.fill_between(x, y.mean(0) - margin, y.mean(0) + margin, color=look.color, alpha=0.15, lw=0)
+                half = np.array([margin(column) for column in y.T])
+                axes.fill_between(x, y.mean(0) - half, y.mean(0) + half, color=look.color, alpha=0.15, lw=0)
             ends.append(float(y[:, -1].mean()))
         if not ends:
             return
@@ -115,12 +116,12 @@ def loss_curves(arms: Sequence[Arm], labels: Sequence[str], looks: Sequence[Styl
         yield render(f"loss_{key.lower()}", title, caption, figure)
 
 
-def pareto(arms: Sequence[Arm], labels: Sequence[str], looks: Sequence[Style]) -> Iterator[Picture]:
+def pareto(arms: Sequence[Arm], labels: Sequence[str]) -> Iterator[Picture]:
     """Loss against speed, balance in colour; a line joins the arms that none beats in both."""
     points = [
         (pace, loss, i)
         for i, arm in enumerate(arms)
-        if (pace := mean(arm, speed)) is not None and (loss := mean(arm, final_loss)) is not None
+        if (pace := mean(arm, speed)) is not None and np.isfinite(loss := mean(arm, final_loss) or np.nan)
     ]
     if len(points) < 2:
         return
@@ -129,12 +130,6 @@ def pareto(arms: Sequence[Arm], labels: Sequence[str], looks: Sequence[Style]) -
     front = pareto_front([(pace, loss) if arms[i].causal else (0.0, np.inf) for pace, loss, i in points])
     joined = sorted(points[j][:2] for j in front)
     axes.plot(*zip(*joined, strict=True), color="#888888", lw=1, ls="--", gid="front")
-    for pace, loss, i in points:
-        across, along = (
-            interval(list(by_seed(arms[i], read).values())).margin if len(arms[i].runs) > 1 else None
-            for read in (speed, final_loss)
-        )
-        axes.errorbar(pace, loss, xerr=across, yerr=along, color="#999999", lw=1)
     violations = [mean(arms[i], ROUTED[-1].read) for *_, i in points]
     shown = axes.scatter(
         [pace for pace, *_ in points],
@@ -146,16 +141,19 @@ def pareto(arms: Sequence[Arm], labels: Sequence[str], looks: Sequence[Style]) -
         zorder=3,
         plotnonfinite=True,
     )
+    axes.margins(0.15)
+    seen = axes.get_xlim(), axes.get_ylim()
+    for pace, loss, i in points:
+        across, along = (margin(list(by_seed(arms[i], read).values())) for read in (speed, final_loss))
+        axes.errorbar(pace, loss, xerr=across, yerr=along, color="#999999", lw=1)
+    axes.set(xlim=seen[0], ylim=seen[1], xlabel="training tokens per second", ylabel="validation loss [nats per token]")
     for pace, loss, i in points:
         text = labels[i] if arms[i].causal else f"{labels[i]}‡"
         axes.annotate(text, (pace, loss), (7, 5), textcoords="offset points", fontsize=10)
     figure.colorbar(shown, ax=axes, label="max_vio in evaluation (0 is even)")
-    axes.margins(0.12)
-    axes.set_xlabel("training tokens per second")
-    axes.set_ylabel("validation loss [nats per token]")
     caption = (
         "Lower and further right is better. The broken line joins the arms that no other beats in both; arms marked "
-        "‡ look ahead in evaluation and are not on it. Grey bars: 95 % intervals over seeds. Speeds are as measured."
+        "‡ look ahead in evaluation and are not on it. Grey bars: 95 % t intervals, cut at the frame."
     )
     yield render("pareto", "Loss, speed and balance", caption, figure)
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from lightning_base.report.fairness import Arm
 from lightning_base.report.read import Run
-from lightning_base.report.statistics import interval
+from lightning_base.report.statistics import margin
 
 DASH = "–"
 Reader = Callable[[Run], float | None]
@@ -44,8 +44,8 @@ def cell(arm: Arm, read: Reader, form: Form) -> str:
         return DASH
     text = form(float(np.mean(found)))
     # What never varies over seeds, such as a parameter count, needs no interval.
-    if len(set(found)) > 1 and all(map(math.isfinite, found)):
-        text += f" ± {form(interval(found).margin)}"
+    if len(set(found)) > 1 and math.isfinite(half := margin(found)):
+        text += f" ± {form(half)}"
     return text if len(found) == len(arm.runs) else f"{text} (n={len(found)})"
 
 

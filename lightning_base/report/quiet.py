@@ -8,6 +8,7 @@ import numpy as np
 from lightning_base.report.fairness import Arm, execution
 
 TOLERANCE = 0.1
+ENOUGH = 4
 
 
 @dataclass(frozen=True)
@@ -17,15 +18,21 @@ class Noise:
     Args:
         slower: how many times as long as beside the quietest arm.
         spread, least: quartile distance / median, here and beside the quietest arm.
+        timings: how many there are beside this arm.
     """
 
     slower: float
     spread: float
     least: float
+    timings: int
 
     @property
     def disturbed(self) -> bool:
         return self.slower > 1 + TOLERANCE or self.spread > self.least + TOLERANCE
+
+    def scaled(self, speed: float) -> float | None:
+        """What the speed might be on a quiet machine; None where it is as it was, or a guess from a few timings."""
+        return speed * self.slower if self.disturbed and self.timings >= ENOUGH else None
 
 
 def machine_noise(arms: Sequence[Arm]) -> list[Noise | None]:
@@ -42,7 +49,7 @@ def machine_noise(arms: Sequence[Arm]) -> list[Noise | None]:
             continue
         quietest = min(alike, key=lambda times: float(np.median(times)))
         slower = float(np.median(mine) / np.median(quietest))
-        found.append(Noise(slower, spread(mine), spread(quietest)))
+        found.append(Noise(slower, spread(mine), spread(quietest), len(mine)))
     return found
 
 

@@ -83,6 +83,11 @@ def interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Interva
     return Interval(mean, float(low), float(high), spread, float(test.pvalue), kept)
 
 
+def margin(values: Sequence[float]) -> float:
+    """Half the width of the t interval; nan for one number, and where one is not finite."""
+    return interval(values).margin if all(map(math.isfinite, values)) else math.nan
+
+
 def paired(one: Sequence[float], other: Sequence[float], confidence: float = CONFIDENCE) -> Interval:
     """The mean of ``one - other``, seed by seed, with its intervals; both have a number for each seed, in one order."""
     if len(one) != len(other):

@@ -95,7 +95,7 @@ def short_table(comparison: Comparison, labels: Sequence[str]) -> Table:
     arms, noises, other_cost = comparison.arms, machine_noise(comparison.arms), costs_more(comparison)
     found = {c.arm: c for c in contrasts(comparison, comparison.reference, range(len(arms)))}
     seeds, several = len(comparison.seeds), len(comparison.seeds) > 1
-    scaled = any(noise and noise.disturbed for noise in noises)
+    scaled = any(noise and noise.scaled(1.0) for noise in noises)
     against = f"against {labels[comparison.reference]}"
     columns = [Column("arm"), *[Column("seeds")] * several, Column("validation loss")]
     columns += [Column("difference", against)] * (len(arms) > 1)
@@ -117,7 +117,8 @@ def short_table(comparison: Comparison, labels: Sequence[str]) -> Table:
             row += [f"{interval(losses).spread:.4f}" if len(losses) > 1 else DASH]
         row += [cell(arm, bits_per_byte, number(4)), speed_cell(arm) + flag]
         pace = pooled_windows(arm)
-        row += [whole(float(np.median(pace)) * noise.slower) if noise and flag and len(pace) else ""] * scaled
+        quiet = noise.scaled(float(np.median(pace))) if noise and len(pace) else None
+        row += ["" if quiet is None else whole(quiet)] * scaled
         rows.append([*row, *(cell(arm, measure.read, measure.form) for measure in ROUTED)])
     return Table("The arms", columns, rows, frozenset(strong), figures=("difference",))
 
@@ -168,7 +169,7 @@ def equal_cost_table(comparison: Comparison, labels: Sequence[str]) -> Table:
             contrast = found[name].get(i)
             if contrast and contrast.decided:
                 strong.add((i, len(row)))
-            row.append(contrast.text if contrast else DASH)
+            row.append(contrast.text + flags[i] * (name == "time") if contrast else DASH)
         rows.append([*row, cell(arm, seconds_to(target), number(2)) + flags[i]])
     lead = (
         "Read from the validation curve, linearly between two validations"
