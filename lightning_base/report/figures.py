@@ -92,7 +92,7 @@ def loss_curves(arms: Sequence[Arm], labels: Sequence[str], looks: Sequence[Styl
                 x, y.mean(0), color=look.color, marker=look.marker, ls=look.line, ms=5, label=labels[i], gid=f"line{i}"
             )
             if len(runs) > 1:
-                half = np.array([margin(column) for column in y.T])
+                half = np.array([margin(column) for column in y.T.tolist()])
                 axes.fill_between(x, y.mean(0) - half, y.mean(0) + half, color=look.color, alpha=0.15, lw=0)
             ends.append(float(y[:, -1].mean()))
         if not ends:

@@ -78,9 +78,9 @@ def interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Interva
     spread = float(found.std(ddof=1))
     if spread == 0.0:
         return Interval(mean, mean, mean, 0.0, 1.0 if mean == 0.0 else 0.0, kept)
-    test = stats.ttest_1samp(found, 0.0)
-    low, high = test.confidence_interval(confidence)
-    return Interval(mean, float(low), float(high), spread, float(test.pvalue), kept)
+    error, student = spread / math.sqrt(len(found)), stats.t(len(found) - 1)
+    half = float(student.ppf((1 + confidence) / 2)) * error
+    return Interval(mean, mean - half, mean + half, spread, 2 * float(student.sf(abs(mean) / error)), kept)
 
 
 def margin(values: Sequence[float]) -> float:

@@ -163,7 +163,9 @@ def test_alarms_are_listed_with_their_sentence(experiment: Path) -> None:
     }
     edit(experiment / "switch" / "status.json", "alarms", [alarm])
     rows = tables(experiment)["What raised an alarm?"].rows
-    assert rows == [["Switch", "collapse", "layer_1", "3", "expert 0 gets 4.0 times its share"]]
+    assert rows == [["Switch", "1", "collapse", "layer_1", "3", "expert 0 gets 4.0 times its share"]]
+    (section,) = build(experiment).sections
+    assert any("Alarms were raised while training Switch" in caution for caution in section.cautions)
 
 
 def test_figures_of_time_and_of_drops_by_position(experiment: Path) -> None:
