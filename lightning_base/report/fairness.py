@@ -124,8 +124,9 @@ def compare(runs: list[Run]) -> list[Comparison]:
         if group is None:
             groups.append(group := [])
         group.append(arm)
-    found_groups = [tuple(sorted(group, key=ordered.index)) for group in groups]
-    found_groups.sort(key=lambda group: (-len(group), ordered.index(group[0])))
+    place = {id(arm): i for i, arm in enumerate(ordered)}
+    found_groups = [tuple(sorted(group, key=lambda arm: place[id(arm)])) for group in groups]
+    found_groups.sort(key=lambda group: (-len(group), place[id(group[0])]))
     return [Comparison(group, setting(group)) for group in found_groups]
 
 

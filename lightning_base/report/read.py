@@ -107,7 +107,7 @@ def read_experiment(*directories: Path) -> Experiment:
         ReportError: one of them is not there.
     """
     found = Experiment(" + ".join(directory.resolve().name for directory in directories))
-    for directory in directories:
+    for directory in dict.fromkeys(directories):
         if not directory.is_dir():
             raise ReportError(f"{directory} is not a directory: give one that runs have been written to")
         before = len(found.runs) + len(found.left_out)
