@@ -31,6 +31,7 @@ from lightning_base.callbacks.compute_balance import ComputeBalance
 from lightning_base.callbacks.expert_load import ExpertLoadLogger
 from lightning_base.callbacks.hparams import show_result
 from lightning_base.callbacks.learnt_by_heart import LearntByHeart
+from lightning_base.callbacks.machine import MachineMonitor
 from lightning_base.callbacks.metrics_csv import MetricsCsv
 from lightning_base.callbacks.progress import ArmProgressBar, ProgressFile
 from lightning_base.callbacks.recording import PlanRecorder
@@ -85,7 +86,7 @@ def run(config: Config, directory: Path) -> Result:
     causality, gap = CausalityMonitor(), RoutingGap()
     # The step is taken apart next to the clock, so that the work of the other callbacks is in neither.
     callbacks: list[pl.Callback] = [clock, StepTime(every, clock), fingerprint, load, Certificate(job, plain)]
-    callbacks += [AssignmentMonitor(every), balance, causality, gap, RoutingChange()]
+    callbacks += [MachineMonitor(every, clock), AssignmentMonitor(every), balance, causality, gap, RoutingChange()]
     callbacks.append(DropByPosition(directory / "drop_by_position.csv", every, resumed_step))
     callbacks += [Alarms(job, every), Arrangement()]
     if config.trainer.record_plans:

@@ -17,7 +17,7 @@ from lightning_base.analysis.measure import LEAST, Findings, LayerFindings, busi
 from lightning_base.analysis.tables import percent
 from lightning_base.metrics.specialization import coactivation, specialization
 from lightning_base.report.colors import LINES, lighten, router_color
-from lightning_base.report.figures import LOOK, chunks, render
+from lightning_base.report.drawing import LOOK, chunks, render
 from lightning_base.report.picture import Picture
 from lightning_base.report.read import printable
 

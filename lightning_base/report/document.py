@@ -1,46 +1,38 @@
 """The report before it has a format: sections of sentences, tables and figures."""
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import yaml
 
-from lightning_base.report.fairness import Arm, Comparison, compare, differences
+from lightning_base.report.answer import answer, cautions, listed
+from lightning_base.report.fairness import BY_SEED, Arm, Comparison, compare, differences
 from lightning_base.report.labels import arm_labels, comparison_titles, short
-from lightning_base.report.questions import question_tables
+from lightning_base.report.marks import footnotes
 from lightning_base.report.read import Experiment, LeftOut, ReportError, Run, read_experiment
-from lightning_base.report.summary import cautions, listed, summarize
-from lightning_base.report.table import Table, balance_table, cost_table, summary_table
+from lightning_base.report.table import Table, tables
 from lightning_base.report.verify import problems
-
-
-@dataclass(frozen=True)
-class ArmDetails:
-    """Everything a run says of itself, as text: how it was started, its ledger, its certificate, its configuration."""
-
-    label: str
-    directory: str
-    command: str
-    ledger: str
-    certificate: str
-    config: str
+from lightning_base.report.words import WORDS
 
 
 @dataclass(frozen=True)
 class Section:
-    """One comparison: ``apart`` says in words why it is not part of the first one."""
+    """One comparison: ``answer`` in a sentence or two, ``apart`` in words why it is not part of the first one.
+
+    The first of the ``tables`` is the short one; ``notes`` explain signs that no earlier section has; ``details`` are
+    what every run says of itself: its label, its directory, and texts with their headings.
+    """
 
     title: str
     comparison: Comparison
     labels: list[str]
-    summary: list[str]
+    answer: list[str]
     cautions: list[str]
     apart: list[str]
     tables: list[Table]
-    details: list[ArmDetails]
+    notes: list[str]
+    details: list[tuple[str, str, dict[str, str]]]
     made_with: list[tuple[str, str]]
 
 
@@ -66,8 +58,34 @@ def build(*directories: Path) -> Document:
         raise ReportError(f"{where} holds no finished run that could be reported: {'; '.join(states)}")
     comparisons = compare(experiment.runs)
     titles = comparison_titles(comparisons)
-    sections = [section(comparison, titles[i], comparisons[0], titles[0]) for i, comparison in enumerate(comparisons)]
-    return Document(experiment.name, sections, experiment.left_out)
+    sections = [
+        section(comparison, title, comparisons[0]) for comparison, title in zip(comparisons, titles, strict=True)
+    ]
+    return Document(experiment.name, said_once(sections), experiment.left_out)
+
+
+def said_once(sections: list[Section]) -> list[Section]:
+    """Every note and every explanation of a heading only where it first stands."""
+    seen: set[str] = set()
+
+    def new(text: str) -> bool:
+        known = text in seen
+        seen.add(text)
+        return not known
+
+    found = []
+    for part in sections:
+        explained = [
+            replace(
+                table,
+                help=tuple(
+                    (c.heading, WORDS[c.heading]) for c in table.columns if c.heading in WORDS and new(c.heading)
+                ),
+            )
+            for table in part.tables
+        ]
+        found.append(replace(part, tables=explained, notes=[note for note in part.notes if new(note)]))
+    return found
 
 
 def verified(experiment: Experiment) -> Experiment:
@@ -75,7 +93,10 @@ def verified(experiment: Experiment) -> Experiment:
     sound: list[Run] = []
     left_out = list(experiment.left_out)
     for run in experiment.runs:
-        found = problems(run)
+        try:
+            found = problems(run)
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            found = [f"its files are not of the form a run writes ({type(error).__name__}: {error})"]
         if found:
             left_out.append(LeftOut(run.name, run.label, "refused", "; ".join(found)))
         else:
@@ -83,7 +104,7 @@ def verified(experiment: Experiment) -> Experiment:
     return Experiment(experiment.name, sound, left_out)
 
 
-def section(comparison: Comparison, title: str, first: Comparison, first_title: str) -> Section:
+def section(comparison: Comparison, title: str, first: Comparison) -> Section:
     """A comparison in words and tables; ``first`` is the one it is held against."""
     labels = arm_labels(comparison.arms)
     apart = []
@@ -97,15 +118,11 @@ def section(comparison: Comparison, title: str, first: Comparison, first_title: 
         title=title,
         comparison=comparison,
         labels=labels,
-        summary=summarize(comparison, labels),
-        cautions=cautions(comparison, labels),
+        answer=answer(comparison, labels),
+        cautions=list(cautions(comparison, labels)),
         apart=apart,
-        tables=[
-            summary_table(comparison, labels),
-            cost_table(comparison, labels),
-            balance_table(comparison, labels),
-            *question_tables(comparison, labels),
-        ],
+        tables=tables(comparison, labels),
+        notes=list(footnotes(comparison)),
         details=[
             details(label, run, arm) for label, arm in zip(labels, comparison.arms, strict=True) for run in arm.runs
         ],
@@ -113,24 +130,23 @@ def section(comparison: Comparison, title: str, first: Comparison, first_title: 
     )
 
 
-def details(label: str, run: Run, arm: Arm) -> ArmDetails:
+def details(label: str, run: Run, arm: Arm) -> tuple[str, str, dict[str, str]]:
     """What a reader needs to check one run or to make it again."""
     certificate = {key: value for key, value in run.manifest.items() if key not in ("config", "ledger", "result")}
     overrides = " ".join(f"'{part}'" if set(part) & set(" {}[]()*$'\"") else part for part in run.overrides)
-    return ArmDetails(
-        label=label if len(arm.runs) == 1 else f"{label}, seed {run.seed}",
-        directory=f"{run.path.parent.name}/{run.name}",
-        command=f"python experiments/train.py {overrides}".rstrip(),
-        ledger=pretty(run.ledger),
-        certificate=pretty(certificate),
-        config=yaml.safe_dump(run.config, sort_keys=False),
-    )
+    texts = {
+        "Started with": f"python experiments/train.py {overrides}".rstrip(),
+        "Ledger: what it spent": json.dumps(run.ledger, indent=2),
+        "Certificate: what it was": json.dumps(certificate, indent=2),
+        "Configuration": yaml.safe_dump(run.config, sort_keys=False),
+    }
+    return f"{label}, seed {run.seed}" if len(arm.runs) > 1 else label, f"{run.path.parent.name}/{run.name}", texts
 
 
 def made_with(comparison: Comparison) -> list[tuple[str, str]]:
     """What all arms of a table share, as names and values."""
-    shared, run = comparison.setting, comparison.arms[0].first
-    corpus = run.manifest.get("corpus") or {}
+    shared, arms = comparison.setting, comparison.arms
+    corpus = arms[0].first.manifest.get("corpus") or {}
     steps, sequences = int(shared["steps"]), int(shared["sequences"])
     return [
         ("seeds", listed([str(seed) for seed in comparison.seeds])),
@@ -139,28 +155,12 @@ def made_with(comparison: Comparison) -> list[tuple[str, str]]:
         ("corpus", short(shared["corpus_fingerprint"])),
         *((name.replace("_", " "), f"{corpus[name]:,}") for name in corpus if isinstance(corpus[name], int)),
         ("unigram entropy", f"{corpus['unigram_entropy']:.4f} nats" if "unigram_entropy" in corpus else "–"),
-        ("batches", listed([short(arm.manifest["batch_fingerprint"]) for arm in comparison.arms[0].runs])),
-        (
-            "initial weights",
-            listed([short(r.manifest["initial_weights_fingerprint"]) for r in comparison.arms[0].runs]),
-        ),
+        *((name.removesuffix("_fingerprint").replace("_", " "), short(shared[name])) for name in BY_SEED),
         ("commit", short(shared["git_commit"])),
-        ("device", listed(sorted({arm.first.manifest["device"] for arm in comparison.arms}))),
-        ("processes", listed(sorted({str(arm.first.manifest["world_size"]) for arm in comparison.arms}))),
+        *(
+            (name, listed(sorted({str(arm.first.manifest[key]) for arm in arms})))
+            for name, key in (("device", "device"), ("processes", "world_size"))
+        ),
         ("Python", str(shared["python"])),
         *((key.removeprefix("packages."), str(value)) for key, value in shared.items() if key.startswith("packages.")),
     ]
-
-
-def pretty(content: dict[str, Any]) -> str:
-    return json.dumps(content, indent=2)
-
-
-def column_help(tables: Sequence[Table]) -> list[tuple[str, str]]:
-    """How to read each column, each heading once."""
-    found: dict[str, str] = {}
-    for table in tables:
-        for column in table.columns:
-            if column.help:
-                found.setdefault(column.heading, column.help)
-    return list(found.items())

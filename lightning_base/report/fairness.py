@@ -1,11 +1,12 @@
 """Which runs may stand in one table: those that agree in everything but the router.
 
 A run's *setting* is what has to agree: corpus, batches, initial weights, steps, tokens, packages, commit, device and
-the configuration outside the router. Runs of one arm differ in their seed alone; two arms are compared where they have
-the same seeds and, seed by seed, the same batches and initial weights.
+the configuration outside the router. Runs of one arm differ in their seed alone; arms stand in one table if they share
+a seed and have, seed by seed, the same batches and initial weights. Differences are over the seeds two arms share.
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,6 +62,26 @@ class Arm:
     def seeds(self) -> tuple[int, ...]:
         return tuple(run.seed for run in self.runs)
 
+    @property
+    def modes(self) -> list[str]:
+        """The ways in which the validation text was routed; the first one counts."""
+        return list(self.first.ledger["evaluation_modes"])
+
+    @property
+    def sparse(self) -> bool:
+        """Whether there is anything to route between."""
+        return bool(self.first.ledger["num_experts"] > 1)
+
+    @property
+    def causal(self) -> bool:
+        """Whether its validation loss is that of a language model, which does not look at later tokens."""
+        return self.causal_in(self.modes[0])
+
+    def causal_in(self, mode: str | None) -> bool:
+        """Whether a way of routing never looks at later tokens; None is training."""
+        ledger = self.first.ledger
+        return bool(ledger["causal_in_training"] if mode is None else ledger["evaluation_modes"][mode])
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -71,7 +92,14 @@ class Comparison:
 
     @property
     def seeds(self) -> tuple[int, ...]:
-        return self.arms[0].seeds
+        """Every seed that an arm has."""
+        return tuple(self.setting["seed"])
+
+    @property
+    def reference(self) -> int:
+        """The arm that others are held against: the one with one expert, or else the first that may be ranked."""
+        ranked = [i for i, arm in enumerate(self.arms) if arm.causal]
+        return next((i for i in ranked if not self.arms[i].sparse), ranked[0] if ranked else 0)
 
 
 @dataclass(frozen=True)
@@ -93,12 +121,26 @@ def compare(runs: list[Run]) -> list[Comparison]:
         while any(other.seed == run.seed for other in arms.get((*key, repeat), [])):
             repeat += 1
         arms.setdefault((*key, repeat), []).append(run)
-    groups: dict[str, list[Arm]] = {}
-    for found in arms.values():
-        arm = Arm(tuple(sorted(found, key=lambda run: run.seed)))
-        groups.setdefault(_key(setting(arm)), []).append(arm)
-    comparisons = [Comparison(tuple(found), setting(found[0])) for found in groups.values()]
-    return sorted(comparisons, key=lambda comparison: -len(comparison.arms))
+    ordered = [Arm(tuple(sorted(found, key=lambda run: run.seed))) for found in arms.values()]
+    groups: list[list[Arm]] = []
+    # Those with most seeds first, so that a table has a seed in common wherever there is one.
+    for arm in sorted(ordered, key=lambda arm: -len(arm.runs)):
+        group = next((group for group in groups if belongs(arm, group)), None)
+        if group is None:
+            groups.append(group := [])
+        group.append(arm)
+    place = {id(arm): i for i, arm in enumerate(ordered)}
+    found_groups = [tuple(sorted(group, key=lambda arm: place[id(arm)])) for group in groups]
+    found_groups.sort(key=lambda group: (-len(group), place[id(group[0])]))
+    return [Comparison(group, setting(group)) for group in found_groups]
+
+
+def belongs(arm: Arm, group: list[Arm]) -> bool:
+    """Whether an arm agrees with those of a table, and shares a seed with one of them."""
+    mine, theirs = setting((arm,)), setting(tuple(group))
+    agree = all(mine.get(key) == theirs.get(key) for key in {*mine, *theirs} - {"seed", *BY_SEED})
+    shared = set(mine["seed"]) & set(theirs["seed"])
+    return agree and bool(shared) and all(mine[key][seed] == theirs[key][seed] for key in BY_SEED for seed in shared)
 
 
 def shared_setting(run: Run) -> dict[str, Any]:
@@ -115,10 +157,11 @@ def shared_setting(run: Run) -> dict[str, Any]:
     }
 
 
-def setting(arm: Arm) -> dict[str, Any]:
+def setting(arms: tuple[Arm, ...]) -> dict[str, Any]:
     """What has to agree between arms: the shared setting, the seeds, and what depends on each seed."""
-    found = {**shared_setting(arm.first), "seed": list(arm.seeds)}
-    return found | {name: {run.seed: run.manifest[name] for run in arm.runs} for name in BY_SEED}
+    runs = {run.seed: run for arm in arms for run in arm.runs}
+    found = {**shared_setting(arms[0].first), "seed": sorted(runs)}
+    return found | {name: {seed: runs[seed].manifest[name] for seed in sorted(runs)} for name in BY_SEED}
 
 
 def router_side(run: Run) -> dict[str, Any]:
@@ -156,7 +199,12 @@ def is_configured(one: Comparison, other: Comparison, key: str) -> bool:
     return any(key in flatten(comparison.arms[0].first.config) for comparison in (one, other))
 
 
-def unequal(arms: tuple[Arm, ...], name: str, tolerance: float = 0.01) -> bool:
+def stage_of(arm: Arm, mode: str) -> str:
+    """How the names of what an evaluation mode logged begin."""
+    return "final" if mode == arm.modes[0] else f"final_{mode}"
+
+
+def unequal(arms: Sequence[Arm], name: str, tolerance: float = 0.01) -> bool:
     """Whether a cost of the ledger differs between arms by more than a share of the smallest."""
     costs = [float(arm.first.ledger[name]) for arm in arms]
     return max(costs) > (1 + tolerance) * min(costs)

@@ -1,39 +1,21 @@
-"""The figures: loss over three measures of cost, load per expert, load over time.
+"""The figures of quality: differences with their intervals, loss over three measures of cost, loss against speed."""
 
-Shapes: S recorded steps, E experts.
-"""
-
-import textwrap
-from collections.abc import Callable, Iterator, Sequence
-from io import BytesIO
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter
+from matplotlib.ticker import EngFormatter, MaxNLocator
 
+from lightning_base.report.answer import contrasts
 from lightning_base.report.colors import Style, styles
+from lightning_base.report.curves import CURVE, cost
+from lightning_base.report.drawing import LOOK, legend_columns, render
 from lightning_base.report.fairness import Arm, Comparison
+from lightning_base.report.loads import drops_by_position, load_bars, load_heatmaps, time_bars
+from lightning_base.report.measures import ROUTED, by_seed, final_loss, mean, speed
 from lightning_base.report.picture import Picture
-from lightning_base.report.read import Run
-from lightning_base.report.table import usual_mode
-
-# A white ground of its own: readable on light and dark pages alike.
-LOOK: Any = {
-    "font.size": 11,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#e3e3e3",
-    "figure.facecolor": "white",
-    "savefig.facecolor": "white",
-    # Labels come from files: a dollar sign in them is a dollar sign.
-    "text.parse_math": False,
-    "svg.hashsalt": "lightning_base",
-}
-LAYERS_PER_FIGURE = 4
+from lightning_base.report.statistics import margin
 
 
 def pictures(comparison: Comparison, labels: Sequence[str]) -> list[Picture]:
@@ -41,7 +23,9 @@ def pictures(comparison: Comparison, labels: Sequence[str]) -> list[Picture]:
     looks = styles(comparison.arms)
     with mpl.rc_context(LOOK):
         return [
+            *differences(comparison, labels, looks),
             *loss_curves(comparison.arms, labels, looks),
+            *pareto(comparison.arms, labels),
             *load_bars(comparison.arms, labels, looks),
             *load_heatmaps(comparison.arms, labels),
             *drops_by_position(comparison.arms, labels, looks),
@@ -49,63 +33,78 @@ def pictures(comparison: Comparison, labels: Sequence[str]) -> list[Picture]:
         ]
 
 
-def render(name: str, title: str, caption: str, figure: Figure) -> Picture:
-    """Draws a figure once for pages and once for viewers that show no SVG; the same input gives the same bytes."""
-    svg, png = BytesIO(), BytesIO()
-    figure.savefig(svg, format="svg", metadata={"Date": None})
-    figure.savefig(png, format="png", dpi=130)
-    return Picture(name, title, caption, float(figure.get_figwidth()), svg.getvalue(), png.getvalue())
-
-
-def flops_until(run: Run, steps: np.ndarray) -> np.ndarray:
-    """FLOPs spent until each step: steps * tokens per step * FLOPs per token."""
-    return steps * (run.manifest["tokens"] / run.manifest["steps"]) * float(run.ledger["flops_per_token"])
+def differences(comparison: Comparison, labels: Sequence[str], looks: Sequence[Style]) -> Iterator[Picture]:
+    """A forest plot: an arm a line, its difference to the reference with its interval, a dot per seed."""
+    reference = labels[comparison.reference]
+    found = contrasts(comparison, comparison.reference, range(len(labels)))
+    if not found:
+        return
+    found.sort(key=lambda contrast: contrast.interval.mean)
+    several = any(contrast.interval.known for contrast in found)
+    figure = Figure(figsize=(5.6, 1.2 + 0.36 * len(found)), layout="constrained")
+    axes = figure.subplots()
+    axes.axvline(0, color="#444444", lw=1)
+    for line, contrast in enumerate(found):
+        gap, color = contrast.interval, looks[contrast.arm].color
+        axes.plot(gap.values, [line - 0.2 * gap.known] * gap.n, "o", color=color, ms=4.5, alpha=0.6, mec="none")
+        if gap.known:
+            axes.plot((gap.low, gap.high), (line, line), color=color, lw=2, solid_capstyle="butt")
+            filled = color if contrast.decided else "white"
+            axes.plot(gap.mean, line, "D", color=color, mfc=filled, ms=7, gid=f"difference{contrast.arm}")
+    axes.set_yticks(range(len(found)), [labels[contrast.arm] for contrast in found])
+    axes.set_ylim(len(found) - 0.5, -0.5)
+    axes.xaxis.set_major_locator(MaxNLocator(5))
+    axes.grid(axis="y", visible=False)
+    axes.set_xlabel(f"loss minus that of {reference} [nats per token]")
+    caption = (
+        "Left of 0 is better. Dots: the difference of each seed. Diamond and line: their mean with its 95 % t "
+        "interval; a filled diamond is beyond noise (p below 0.05 after Holm's correction), an empty one is undecided."
+        if several
+        else "Left of 0 is better. One seed: how far these differences are noise cannot be said."
+    )
+    yield render("difference", f"Difference to {reference}", caption, figure)
 
 
 def loss_curves(arms: Sequence[Arm], labels: Sequence[str], looks: Sequence[Style]) -> Iterator[Picture]:
     """Validation loss against steps, training time and FLOPs."""
     sequences = arms[0].first.config.get("data", {}).get("validation_sequences")
     text = f"{sequences} sequences spread evenly over the validation text" if sequences else "the validation text"
-    spread = " Lines are means over seeds, bands reach from the lowest to the highest." if len(arms[0].runs) > 1 else ""
-    axes_x: dict[str, tuple[str, str, Callable[[Run, np.ndarray, np.ndarray], np.ndarray]]] = {
-        "steps": ("optimizer steps", "Learning per token", lambda run, steps, seconds: steps),
-        "time": ("training time [s]", "Learning per second", lambda run, steps, seconds: seconds),
-        "flops": ("FLOPs", "Learning per FLOP", lambda run, steps, seconds: flops_until(run, steps)),
+    several = max(len(arm.runs) for arm in arms) > 1
+    spread = " Lines are means over seeds, bands their 95 % t intervals." if several else ""
+    shown = {
+        "steps": ("optimizer steps", "Learning per token", "All arms see the same tokens at the same step."),
+        "time": ("training time [s]", "Learning per second", "Validation and checkpoints take none of it."),
+        "FLOPs": ("FLOPs", "Learning per FLOP", "Dropped tokens are counted as if they had been computed."),
     }
-    notes = {
-        "steps": "All arms see the same tokens at the same step.",
-        "time": "Seconds spent in training steps on this machine, validation and checkpoints excluded.",
-        "flops": "steps x tokens per step x FLOPs per token; dropped tokens are counted as if they had been computed.",
-    }
-    for key, (axis, title, cost) in axes_x.items():
+    for key, (axis, title, note) in shown.items():
         across = legend_columns(labels)
         figure = Figure(figsize=(5.4, 4.0 + 0.24 * -(-len(labels) // across)), layout="constrained")
         axes = figure.subplots()
-        ends: list[tuple[float, int]] = []
+        ends: list[float] = []
         for i, (arm, look) in enumerate(zip(arms, looks, strict=True)):
-            curves = [run.series["validation/loss"] for run in arm.runs if "validation/loss" in run.series]
-            length = min((len(curve.values) for curve in curves), default=0)
+            runs = [run for run in arm.runs if CURVE in run.series]
+            length = min((len(run.series[CURVE].values) for run in runs), default=0)
             if not length:
                 continue
-            runs = [run for run in arm.runs if "validation/loss" in run.series]
-            x = np.mean([cost(r, c.steps[:length], c.seconds[:length]) for r, c in zip(runs, curves, strict=True)], 0)
-            y = np.stack([curve.values[:length] for curve in curves])
+            x = np.mean([cost(run, key)[:length] for run in runs], 0)
+            y = np.stack([run.series[CURVE].values[:length] for run in runs])
             axes.plot(
                 x, y.mean(0), color=look.color, marker=look.marker, ls=look.line, ms=5, label=labels[i], gid=f"line{i}"
             )
-            if len(curves) > 1:
-                axes.fill_between(x, y.min(0), y.max(0), color=look.color, alpha=0.2, lw=0)
-            ends.append((float(y[:, -1].mean()), i))
+            if len(runs) > 1:
+                half = np.array([margin(column) for column in y.T.tolist()])
+                axes.fill_between(x, y.mean(0) - half, y.mean(0) + half, color=look.color, alpha=0.15, lw=0)
+            ends.append(float(y[:, -1].mean()))
         if not ends:
             return
         axes.set_xlabel(axis)
         axes.set_ylabel("validation loss [nats per token]")
         axes.set_xlim(left=0)
-        if key == "flops":
+        if key == "FLOPs":
             axes.xaxis.set_major_formatter(EngFormatter())
         # In the order in which the lines end, the highest first.
         handles, names = axes.get_legend_handles_labels()
-        order = sorted(range(len(handles)), key=lambda j: -[end for end, _ in ends][j])
+        order = sorted(range(len(handles)), key=lambda j: -ends[j])
         figure.legend(
             [handles[j] for j in order],
             [names[j] for j in order],
@@ -113,201 +112,57 @@ def loss_curves(arms: Sequence[Arm], labels: Sequence[str], looks: Sequence[Styl
             frameon=False,
             ncols=across,
         )
-        caption = f"Validation loss over {text} (the table has all of it) against {axis}. {notes[key]}{spread}"
-        yield render(f"loss_{key}", title, caption, figure)
+        caption = f"Validation loss over {text} (the table has all of it) against {axis}. {note}{spread}"
+        yield render(f"loss_{key.lower()}", title, caption, figure)
 
 
-def legend_columns(labels: Sequence[str]) -> int:
-    """How many labels fit beside each other under a figure."""
-    longest = max(map(len, labels))
-    return 4 if longest < 9 else 2 if longest < 24 else 1
-
-
-def load_bars(arms: Sequence[Arm], labels: Sequence[str], looks: Sequence[Style]) -> Iterator[Picture]:
-    """Load of each expert in the final evaluation: a row per arm and evaluation mode, a column per layer."""
-    rows = [
-        (label if stage == "final_pass" and len(stages) == 1 else f"{label}, {mode_of(stage, arm)}", look, stage, arm)
-        for label, look, arm in zip(labels, looks, arms, strict=True)
-        for stages in [sorted(s for s in arm.first.counts if s.startswith("final"))[::-1]]
-        for stage in stages
-        if arm.first.ledger["num_experts"] > 1
+def pareto(arms: Sequence[Arm], labels: Sequence[str]) -> Iterator[Picture]:
+    """Loss against speed, balance in colour; a line joins the arms that none beats in both."""
+    points = [
+        (pace, loss, i)
+        for i, arm in enumerate(arms)
+        if (pace := mean(arm, speed)) is not None and np.isfinite(loss := mean(arm, final_loss) or np.nan)
     ]
-    for part, layers in chunks(layer_names([arm for *_, arm in rows])):
-        figure = Figure(figsize=(1.6 + 3 * len(layers), 0.7 + 1.55 * len(rows)), layout="constrained")
-        grid = figure.subplots(len(rows), len(layers), squeeze=False, sharey=True)
-        for line, (label, look, stage, arm) in zip(grid, rows, strict=True):
-            for axes, layer in zip(line, layers, strict=True):
-                shares = [relative(run, stage, layer) for run in arm.runs if layer in run.counts.get(stage, {})]
-                if not shares:
-                    axes.set_axis_off()
-                    continue
-                demand_E, load_E = np.mean(shares, 0)
-                experts = np.arange(len(load_E))
-                axes.bar(experts, load_E, color=look.color, width=0.8)
-                axes.bar(experts, demand_E - load_E, bottom=load_E, color="white", edgecolor=look.color, width=0.75)
-                axes.axhline(1, color="#444444", lw=1)
-                axes.grid(axis="x", visible=False)
-                axes.set_xticks(experts if len(experts) <= 8 else experts[:: len(experts) // 8])
-                axes.set_title(panel(label, layer), fontsize=10, loc="left")
-        figure.supxlabel("expert", fontsize=11)
-        figure.supylabel("tokens / even share", fontsize=11)
-        yield render(f"load_bars{part}", f"Load per expert in evaluation{part.replace('_', ' ')}", BARS_CAPTION, figure)
-
-
-BARS_CAPTION = (
-    "Tokens of the whole validation text that each expert computed, relative to an even share (the line at 1). An "
-    "empty piece on top of a bar is demand that was dropped. Arms with a single expert are not shown."
-)
-
-
-def load_heatmaps(arms: Sequence[Arm], labels: Sequence[str]) -> Iterator[Picture]:
-    """Demand over training: a row per arm, a column per layer, experts over logged steps."""
-    rows = [
-        (label, arm)
-        for label, arm in zip(labels, arms, strict=True)
-        if arm.first.ledger["num_experts"] > 1 and arm.first.counts.get("train_step")
-    ]
-    seed = f" Seed {arms[0].seeds[0]} of {len(arms[0].seeds)}." if len(arms[0].seeds) > 1 else ""
-    for part, layers in chunks(layer_names([arm for _, arm in rows])):
-        figure = Figure(figsize=(2.2 + 3 * len(layers), 0.9 + 1.6 * len(rows)), layout="constrained")
-        grid = figure.subplots(len(rows), len(layers), squeeze=False)
-        image = None
-        for line, (label, arm) in zip(grid, rows, strict=True):
-            for axes, layer in zip(line, layers, strict=True):
-                counts = arm.first.counts["train_step"].get(layer)
-                if counts is None:
-                    axes.set_axis_off()
-                    continue
-                even_S1 = np.maximum(counts.demand.mean(1, keepdims=True), 1e-9)
-                relative_ES = (counts.demand / even_S1).T
-                image = axes.imshow(relative_ES, aspect="auto", cmap="cividis", vmin=0, vmax=2, interpolation="nearest")
-                shown = np.unique(np.linspace(0, len(counts.steps) - 1, min(5, len(counts.steps))).astype(int))
-                axes.set_xticks(shown, [str(counts.steps[i]) for i in shown])
-                axes.set_yticks(sorted({0, counts.demand.shape[1] - 1}))
-                axes.grid(visible=False)
-                axes.set_title(panel(label, layer), fontsize=10, loc="left")
-        figure.supxlabel("step", fontsize=11)
-        figure.supylabel("expert", fontsize=11)
-        if image is not None:
-            figure.colorbar(image, ax=grid, label="demand / even share", extend="max", shrink=min(1.0, 2 / len(rows)))
-            yield render(
-                f"load_over_time{part}",
-                f"Demand per expert over training{part.replace('_', ' ')}",
-                f"{HEAT_CAPTION}{seed}",
-                figure,
-            )
-
-
-HEAT_CAPTION = (
-    "Assignments that asked for each expert in the logged optimizer steps, before any drop, relative to an even share: "
-    "grey is even, yellow is twice an even share or more, dark blue is none. Arms with a single expert are not shown."
-)
-
-
-def drops_by_position(arms: Sequence[Arm], labels: Sequence[str], looks: Sequence[Style]) -> Iterator[Picture]:
-    """Drop rate against the place in the routing group, in training and in evaluation, for arms that drop."""
-    stages = {"train_step": "training", "final_pass": "evaluation"}
-    figure = Figure(figsize=(7.6, 3.6), layout="constrained")
-    grid = figure.subplots(1, 2, sharey=True)
-    dropping: dict[str, Any] = {}
-    for axes, (stage, title) in zip(grid, stages.items(), strict=True):
-        for i, (arm, look) in enumerate(zip(arms, looks, strict=True)):
-            counts = [np.sum(list(run.drops[stage].values()), 0) for run in arm.runs if run.drops.get(stage)]
-            if not counts or not np.sum(counts, 0)[1].any():
-                continue
-            asked_N, dropped_N = np.sum(counts, 0)
-            x = 100 * (np.arange(len(asked_N)) + 0.5) / len(asked_N)
-            (line,) = axes.plot(
-                x, 100 * dropped_N / np.maximum(asked_N, 1), color=look.color, marker=look.marker, ls=look.line, ms=4
-            )
-            dropping.setdefault(labels[i], line)
-        axes.set_title(title, fontsize=11, loc="left")
-        axes.set_xlabel("place in the routing group [%]")
-        axes.set_ylim(bottom=0)
-    if not dropping:
+    if len(points) < 2:
         return
-    grid[0].set_ylabel("dropped [%]")
-    figure.legend(dropping.values(), dropping, loc="outside lower center", frameon=False, ncols=legend_columns(labels))
-    caption = (
-        "Share of the assignments asked for that found their expert full, by the token's place in its routing group, "
-        "over all layers and logged steps. Who serves in order drops late tokens: an expert's queue tells how many "
-        "came before. Arms that drop nothing are not shown."
-    )
-    yield render("drops_by_position", "Drops by position", caption, figure)
-
-
-# From the sparse layers' phases to the rest of the step.
-PHASES = {
-    "router": "#0072B2",
-    "assignment": "#56B4E9",
-    "dispatch": "#009E73",
-    "experts": "#D55E00",
-    "combine": "#E69F00",
-    "other_forward": "#BBBBBB",
-    "waiting": "#CC79A7",
-    "backward_and_optimizer": "#777777",
-}
-
-
-def time_bars(arms: Sequence[Arm], labels: Sequence[str]) -> Iterator[Picture]:
-    """The parts of a training step in milliseconds: a bar per arm."""
-    taken = [[phase_time(arm, phase) for phase in PHASES] for arm in arms]
-    shown = [i for i, times in enumerate(taken) if any(times)]
-    if not shown:
-        return
-    figure = Figure(figsize=(7.6, 1.4 + 0.34 * len(shown)), layout="constrained")
+    figure = Figure(figsize=(5.6, 4.2), layout="constrained")
     axes = figure.subplots()
-    left = np.zeros(len(shown))
-    for j, (phase, color) in enumerate(PHASES.items()):
-        width = np.array([1e3 * taken[i][j] for i in shown])
-        axes.barh([labels[i] for i in shown], width, left=left, color=color, label=phase.replace("_", " "), height=0.7)
-        left += width
-    axes.invert_yaxis()
-    axes.grid(axis="y", visible=False)
-    axes.set_xlabel("time of a training step [ms]")
-    figure.legend(loc="outside lower center", frameon=False, ncols=4, fontsize=10)
-    caption = (
-        "Mean over the logged steps after the first and over processes. The first five are the sparse layers in the "
-        "forward pass; their backward pass is in the last part."
+    front = pareto_front([(pace, loss) if arms[i].causal else (0.0, np.inf) for pace, loss, i in points])
+    joined = sorted(points[j][:2] for j in front)
+    axes.plot(*zip(*joined, strict=True), color="#888888", lw=1, ls="--", gid="front")
+    violations = [mean(arms[i], ROUTED[-1].read) for *_, i in points]
+    shown = axes.scatter(
+        [pace for pace, *_ in points],
+        [loss for _, loss, _ in points],
+        c=[np.nan if value is None else value for value in violations],
+        s=80,
+        cmap="viridis_r",
+        edgecolors="black",
+        zorder=3,
+        plotnonfinite=True,
     )
-    yield render("step_time", "Where the time of a step goes", caption, figure)
+    axes.margins(0.15)
+    seen = axes.get_xlim(), axes.get_ylim()
+    for pace, loss, i in points:
+        across, along = (margin(list(by_seed(arms[i], read).values())) for read in (speed, final_loss))
+        axes.errorbar(pace, loss, xerr=across, yerr=along, color="#999999", lw=1)
+    axes.set(xlim=seen[0], ylim=seen[1], xlabel="training tokens per second", ylabel="validation loss [nats per token]")
+    for pace, loss, i in points:
+        text = labels[i] if arms[i].causal else f"{labels[i]}‡"
+        axes.annotate(text, (pace, loss), (7, 5), textcoords="offset points", fontsize=10)
+    figure.colorbar(shown, ax=axes, label="max_vio in evaluation (0 is even)")
+    caption = (
+        "Lower and further right is better. The broken line joins the arms that no other beats in both; arms marked "
+        "‡ look ahead in evaluation and are not on it. Grey bars: 95 % t intervals, cut at the frame."
+    )
+    yield render("pareto", "Loss, speed and balance", caption, figure)
 
 
-def phase_time(arm: Arm, phase: str) -> float:
-    """Seconds of a phase per step, mean over logged steps after the first and over seeds; 0 if it was not measured."""
-    series = [run.series[f"train_time/{phase}"].values for run in arm.runs if f"train_time/{phase}" in run.series]
-    return float(np.mean([np.mean(values[1:] if len(values) > 1 else values) for values in series])) if series else 0.0
-
-
-def relative(run: Run, stage: str, layer: str) -> np.ndarray:
-    """Demand and load of the last pass relative to an even share of the demand, [2, E]."""
-    counts = run.counts[stage][layer]
-    both_2E = np.stack([counts.demand[-1], counts.load[-1]]).astype(float)
-    relative_2E: np.ndarray = both_2E / max(both_2E[0].mean(), 1e-9)
-    return relative_2E
-
-
-def panel(label: str, layer: str) -> str:
-    """The title of one small figure, broken where it would not fit."""
-    return textwrap.fill(f"{label}: {layer.replace('_', ' ')}", 40)
-
-
-def mode_of(stage: str, arm: Arm) -> str:
-    """``final_balanced_pass`` is the evaluation mode ``balanced``; the usual one has a name only beside others."""
-    return stage.removeprefix("final").removesuffix("pass").strip("_") or usual_mode(arm)
-
-
-def layer_names(arms: Sequence[Arm]) -> list[str]:
-    """All sparse layers of these arms, in the order of the model."""
-    found: dict[str, None] = {}
-    for arm in arms:
-        for stages in arm.first.counts.values():
-            found.update(dict.fromkeys(stages))
-    return list(found)
-
-
-def chunks(layers: Sequence[str]) -> Iterator[tuple[str, Sequence[str]]]:
-    """Layers in portions that fit beside each other, with a suffix for the figure's name."""
-    for start in range(0, len(layers), LAYERS_PER_FIGURE):
-        part = f"_{start // LAYERS_PER_FIGURE + 1}" if len(layers) > LAYERS_PER_FIGURE else ""
-        yield part, layers[start : start + LAYERS_PER_FIGURE]
+def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Which points (speed, loss) no other one beats: none is at least as fast and as low, and better in one of them."""
+    return [
+        i
+        for i, (pace, loss) in enumerate(points)
+        if np.isfinite(loss)
+        and not any(p >= pace and other <= loss and (p, other) != (pace, loss) for p, other in points)
+    ]

@@ -1,7 +1,6 @@
-"""The numbers of an arm: what each is called, how it is defined, and where it is read."""
+"""The numbers of an arm: what each is called, where it is read, and how it is written."""
 
 import math
-import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -9,79 +8,81 @@ import numpy as np
 
 from lightning_base.report.fairness import Arm
 from lightning_base.report.read import Run
+from lightning_base.report.statistics import margin
 
 DASH = "–"
 Reader = Callable[[Run], float | None]
+Form = Callable[[float], str]
 
 
 @dataclass(frozen=True)
 class Measure:
-    """A column: ``read`` finds the number in a run, ``form`` writes it, ``help`` says how to read it."""
+    """A column under a group of columns: ``read`` finds the number in a run, ``form`` writes it."""
 
     heading: str
     group: str
-    help: str
     read: Reader
-    form: Callable[[float], str]
+    form: Form
 
 
-def over_seeds(arm: Arm, read: Reader) -> list[float]:
+def by_seed(arm: Arm, read: Reader) -> dict[int, float]:
     """A number for every seed that has it."""
-    found = (read(run) for run in arm.runs)
-    return [value for value in found if value is not None]
+    found = {run.seed: read(run) for run in arm.runs}
+    return {seed: value for seed, value in found.items() if value is not None}
 
 
 def mean(arm: Arm, read: Reader) -> float | None:
     """The mean over seeds, or None if no run has the number."""
-    found = over_seeds(arm, read)
-    return statistics.fmean(found) if found else None
+    found = by_seed(arm, read)
+    return float(np.mean(list(found.values()))) if found else None
 
 
-def cell(arm: Arm, read: Reader, form: Callable[[float], str]) -> str:
-    """Mean, and the sample standard deviation where there are several seeds; a dash for a number not there."""
-    found = over_seeds(arm, read)
+def cell(arm: Arm, read: Reader, form: Form) -> str:
+    """Mean, and half the width of its t interval where there are several seeds; a dash for a number not there."""
+    found = list(by_seed(arm, read).values())
     if not found:
         return DASH
-    text = form(statistics.fmean(found))
-    spread = statistics.stdev(found) if len(found) > 1 and all(map(math.isfinite, found)) else 0.0
-    # What never varies over seeds, such as a parameter count, needs no spread.
-    if len(found) > 1 and spread > 0:
-        text += f" ± {form(spread)}"
+    text = form(float(np.mean(found)))
+    # What never varies over seeds, such as a parameter count, needs no interval.
+    if len(set(found)) > 1 and math.isfinite(half := margin(found)):
+        text += f" ± {form(half)}"
     return text if len(found) == len(arm.runs) else f"{text} (n={len(found)})"
 
 
-def result(name: str) -> Reader:
+def field(part: str, name: str) -> Reader:
+    """A number of the manifest, in its ``result`` or ``ledger``, or at its top for an empty ``part``."""
+
     def read(run: Run) -> float | None:
-        value = run.manifest["result"].get(name)
+        value = ((run.manifest.get(part) or {}) if part else run.manifest).get(name)
         return None if value is None else float(value)
 
     return read
 
 
-def ledger(name: str) -> Reader:
+def last(name: str) -> Reader:
+    return lambda run: run.last(name)
+
+
+def logged(name: str) -> Reader:
+    """The mean over all logged steps."""
+    return lambda run: run.mean(name)
+
+
+def steady(name: str) -> Reader:
+    """The mean over logged steps after the first, which holds the warm-up; of the first if there is no other."""
+
     def read(run: Run) -> float | None:
-        value = run.ledger.get(name)
-        return None if value is None else float(value)
+        series = run.series.get(name)
+        return (
+            None if series is None else float(np.mean(series.values[1:] if len(series.values) > 1 else series.values))
+        )
 
     return read
 
 
-def manifest(name: str) -> Reader:
-    def read(run: Run) -> float | None:
-        value = run.manifest.get(name)
-        return None if value is None else float(value)
-
-    return read
-
-
-def final_loss(run: Run) -> float | None:
-    return result("final/loss")(run)
-
-
-def unigram_entropy(run: Run) -> float | None:
-    """Nats per token of the validation text if all that is known is how frequent each token is in the training text."""
-    found = (run.manifest.get("corpus") or {}).get("unigram_entropy")
-    return None if found is None else float(found)
+final_loss = field("result", "final/loss")
+bits_per_byte = field("result", "final/bits_per_byte")
+unigram_entropy = field("corpus", "unigram_entropy")
 
 
 def under_unigram(run: Run) -> float | None:
@@ -90,10 +91,28 @@ def under_unigram(run: Run) -> float | None:
     return None if entropy is None or loss is None else entropy - loss
 
 
-def speed(run: Run) -> float | None:
-    """Median tokens per second over the log windows after the first, which holds the first step and its warm-up."""
+def windows(run: Run) -> np.ndarray:
+    """Tokens per second of the log windows after the first, which holds the first step and its warm-up."""
     series = run.series.get("train/tokens_per_second")
-    return None if series is None or len(series.values) < 2 else float(np.median(series.values[1:]))
+    return np.array([]) if series is None else series.values[1:]
+
+
+def speed(run: Run) -> float | None:
+    found = windows(run)
+    return float(np.median(found)) if len(found) else None
+
+
+def pooled_windows(arm: Arm) -> np.ndarray:
+    return np.concatenate([windows(run) for run in arm.runs])
+
+
+def speed_cell(arm: Arm) -> str:
+    """The median of all windows of all seeds, with quartiles where there are several windows."""
+    found = pooled_windows(arm)
+    if not len(found):
+        return DASH
+    low, middle, high = np.quantile(found, (0.25, 0.5, 0.75))
+    return whole(middle) + (f" ({whole(low)} to {whole(high)})" if len(found) > 1 else "")
 
 
 def drop_rate(run: Run) -> float | None:
@@ -101,8 +120,13 @@ def drop_rate(run: Run) -> float | None:
     return run.manifest["assignments_dropped"] / asked if asked else None
 
 
-def number(digits: int) -> Callable[[float], str]:
+def number(digits: int) -> Form:
     return lambda value: f"{value:.{digits}f}" if math.isfinite(value) else str(value)
+
+
+def signed(value: float) -> str:
+    """A difference in nats: +0.0123 or −0.0123."""
+    return f"{value:+.4f}".replace("-", "−")
 
 
 def whole(value: float) -> str:
@@ -125,111 +149,59 @@ def plain(value: float) -> str:
     return f"{value:g}"
 
 
-QUALITY, SPEED, COST, ROUTING = "Quality on held-out text", "Speed", "Cost", "Routing in training"
-
-MEASURES: Sequence[Measure] = (
-    Measure(
-        "validation loss",
-        QUALITY,
-        "mean negative log-likelihood per token [nats] over the whole validation text after the last step, routed as "
-        "in use (final/loss); lower is better",
-        final_loss,
-        number(4),
-    ),
-    Measure(
-        "under unigram",
-        QUALITY,
-        "unigram entropy minus validation loss [nats]; the unigram entropy is the cross-entropy of the validation "
-        "tokens under their frequencies in the training text: above 0, more was learnt than how frequent each token is",
-        under_unigram,
-        number(3),
-    ),
-    Measure("perplexity", QUALITY, "exp(validation loss)", result("final/perplexity"), number(1)),
-    Measure(
-        "bits per byte",
-        QUALITY,
-        "summed negative log-likelihood / ln 2 / bytes of text; does not depend on the tokenizer",
-        result("final/bits_per_byte"),
-        number(4),
-    ),
-    Measure(
-        "tokens/s",
-        SPEED,
-        "training tokens per second, all processes together: median over the log windows after the first; validation "
-        "and checkpoints excluded",
-        speed,
-        whole,
-    ),
-    Measure(
-        "active parameters",
-        COST,
-        "parameters that one token meets: all but the experts, plus top_k of the num_experts experts",
-        ledger("active_parameters"),
-        short_count,
-    ),
-    Measure("total parameters", COST, "all parameters", ledger("parameters"), short_count),
-    Measure(
-        "FLOPs/token",
-        COST,
-        "floating-point operations of the matrix products of one training step, forward and backward, per token, "
-        "counted on a real batch and scaled to no dropped token",
-        ledger("flops_per_token"),
-        short_count,
-    ),
-    Measure("experts", ROUTING, "E, experts per sparse layer", ledger("num_experts"), plain),
-    Measure("k", ROUTING, "experts that every token asks for", ledger("top_k"), plain),
-    Measure(
-        "capacity factor",
-        ROUTING,
-        "an expert takes at most ceil(capacity factor * T k / E) of the T tokens of a routing group; a dash: no limit "
-        "(Switch, arXiv 2101.03961)",
-        ledger("capacity_factor"),
-        plain,
-    ),
-    Measure("tokens", ROUTING, "tokens trained on, padding excluded", manifest("tokens"), whole),
-    Measure(
-        "dropped",
-        ROUTING,
-        "token-expert pairs, over all sparse layers and steps, that found their expert full",
-        manifest("assignments_dropped"),
-        whole,
-    ),
-    Measure(
-        "drop rate",
-        ROUTING,
-        "dropped / assignments asked for (tokens * k * layers, or fewer where tokens may ask for fewer)",
-        drop_rate,
-        percent,
-    ),
+QUALITY, COST, ROUTING = "Quality on held-out text", "Cost", "Routing in training"
+ROUTED = (
+    Measure("drop rate", "training", drop_rate, percent),
+    Measure("max_vio", "training", logged("train_group/max_vio/load/mean"), number(3)),
+    Measure("max_vio", "evaluation", last("final_pass/max_vio/load/mean"), number(3)),
 )
-
-
-def leak(run: Run) -> float | None:
-    """The share of earlier tokens that hear of later ones in the way of evaluation that counts."""
-    return result("final_causality/leak_evaluation_any/max")(run)
-
-
-def fullest_expert(run: Run) -> float | None:
-    return run.mean("train_group/max_vio/load/mean")
-
-
-BY_HEADING = {measure.heading: measure for measure in MEASURES}
-SUMMARY: Sequence[Measure] = (
-    *(BY_HEADING[heading] for heading in ("validation loss", "under unigram", "tokens/s", "FLOPs/token", "k")),
-    Measure(
-        "max_vio",
-        ROUTING,
-        "(max n - mean n) / mean n of the load in a routing group, mean over layers and logged steps; 0 is even",
-        fullest_expert,
-        number(3),
-    ),
-    BY_HEADING["drop rate"],
-    Measure(
-        "leak",
-        "Evaluation",
-        "share of earlier tokens whose expert, gate or drop changes when only later tokens change, worst layer; above "
-        "0, the validation loss is not that of a language model",
-        leak,
-        percent,
-    ),
+FULL = (
+    Measure("validation loss", QUALITY, final_loss, number(4)),
+    Measure("under unigram", QUALITY, under_unigram, number(3)),
+    Measure("perplexity", QUALITY, field("result", "final/perplexity"), number(1)),
+    Measure("bits per byte", QUALITY, bits_per_byte, number(4)),
+    Measure("tokens/s", "Speed", speed, whole),
+    Measure("active parameters", COST, field("ledger", "active_parameters"), short_count),
+    Measure("total parameters", COST, field("ledger", "parameters"), short_count),
+    Measure("FLOPs/token", COST, field("ledger", "flops_per_token"), short_count),
+    Measure("experts", ROUTING, field("ledger", "num_experts"), plain),
+    Measure("k", ROUTING, field("ledger", "top_k"), plain),
+    Measure("capacity factor", ROUTING, field("ledger", "capacity_factor"), plain),
+    Measure("tokens", ROUTING, field("", "tokens"), whole),
+    Measure("dropped", ROUTING, field("", "assignments_dropped"), whole),
+    Measure("drop rate", ROUTING, drop_rate, percent),
 )
+LEAK = tuple(
+    Measure(heading, f"routed as in {stage}", field("result", f"final_causality/leak_{stage}_{way}/max"), percent)
+    for stage in ("training", "evaluation")
+    for way, heading in (("expert", "chosen"), ("weight", "gates"), ("drop", "drops"), ("any", "any"))
+)
+PHASES = (
+    "router",
+    "assignment",
+    "dispatch",
+    "experts",
+    "combine",
+    "other_forward",
+    "waiting",
+    "backward_and_optimizer",
+)
+TIME = tuple(
+    Measure(
+        "expert networks" if phase == "experts" else phase.replace("_", " "),
+        "share of a training step",
+        steady(f"train_time/share_{phase}"),
+        percent,
+    )
+    for phase in PHASES
+)
+STEP = "training, one step"
+COMPUTE = (
+    Measure("idle, over processes", STEP, steady("train_step/idle_fraction/mean"), percent),
+    Measure("idle, over experts", STEP, steady("train_step/idle_fraction_experts/mean"), percent),
+    Measure("batched padding", STEP, steady("train_micro_batch/batched_padding/mean"), percent),
+    Measure("empty slots", STEP, steady("train_step/capacity_padding/mean"), percent),
+    Measure("idle, over experts", "evaluation", last("final_pass/idle_fraction_experts/mean"), percent),
+    Measure("idle time, over processes", "measured", steady("train_time/idle_fraction"), percent),
+)
+ALL: Sequence[Measure] = (*FULL, *ROUTED[1:], *LEAK, *TIME, *COMPUTE)

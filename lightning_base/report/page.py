@@ -6,12 +6,48 @@ from collections.abc import Sequence
 
 from jinja2 import Environment, StrictUndefined
 
-from lightning_base.report.document import Document, column_help
-from lightning_base.report.picture import Picture
+from lightning_base.report.document import Document
+from lightning_base.report.picture import Picture, claimed
 from lightning_base.report.style import CSS
 from lightning_base.report.table import Table
+from lightning_base.report.words import WORDS
 
 BODY = """\
+{% macro scroll(title) %}<div class="scroll" tabindex="0" role="region" aria-label="{{ title }}">{{ caller() }}</div>
+{% endmacro %}
+{% macro shown(table, cautions, notes) %}
+{% if table.lead %}<p class="note">{{ table.lead }}</p>{% endif %}
+{% call scroll(table.title) %}<table>
+<thead>
+<tr class="groups">{% for group, size in groups(table) %}<th colspan="{{ size }}" scope="colgroup">{{ group }}</th>\
+{% endfor %}</tr>
+<tr>{% for column in table.columns %}<th scope="col" title="{{ words.get(column.heading, "") }}"\
+{% if column.words %} class="words"{% endif %}>{{ column.heading }}</th>{% endfor %}</tr>
+</thead>
+<tbody>
+{% for row in table.rows %}
+<tr{% if table.columns[1].words and row[0] != table.rows[loop.index0 - 1][0] %} class="next"{% endif %}>\
+<th scope="row">{{ row[0] }}</th>{% set line = loop.index0 %}\
+{% for text in row[1:] %}<td{% if (line, loop.index) in table.strong %} class="best"\
+{% elif table.columns[loop.index].words %} class="words"{% endif %}>\
+{{ text if table.columns[loop.index].words else glued(text) }}</td>{% endfor %}</tr>
+{% endfor %}
+</tbody>
+</table>{% endcall %}
+{% if cautions %}<div class="caution">{% for text in cautions %}<p>{{ text }}</p>{% endfor %}</div>{% endif %}
+{% for note in notes %}<p class="note">{{ note }}</p>{% endfor %}
+{% if table.help %}<dl class="help">{% for name, text in table.help %}<div><dt>{{ name }}</dt> <dd>{{ text }}</dd></div>
+{% endfor %}</dl>{% endif %}
+{% endmacro %}
+{% macro drawn(picture) %}
+<figure{% if "load" in picture.name %} class="wide"{% endif %}>
+<h3>{{ picture.title }}</h3>
+{% call scroll(picture.title) %}<img style="max-width:{{ (picture.width * 6.5)|round(1) }}rem" \
+alt="{{ picture.title }}: {{ picture.caption }}" src="data:image/svg+xml;base64,{{ encoded(picture.svg) }}">\
+{% endcall %}
+<figcaption>{{ picture.caption }}</figcaption>
+</figure>
+{% endmacro %}
 <!doctype html>
 <html lang="en">
 <head>
@@ -26,73 +62,32 @@ BODY = """\
 <h1>{{ document.title }}</h1>
 </header>
 <main>
-{% for section, drawn in sections %}
+{% for section, pictures in sections %}
 <section class="comparison">
-{% if sections|length > 1 %}
-<h2>{{ section.title }}</h2>
-{% endif %}
+{% if sections|length > 1 %}<h2>{{ section.title }}</h2>{% endif %}
 {% if section.apart %}
 <aside class="apart"><p>Not comparable with the first table. Here differ:</p>
 <ul>{% for line in section.apart %}<li>{{ line }}</li>{% endfor %}</ul></aside>
 {% endif %}
-<div class="summary">
-<p class="lead">{{ section.summary[0] }}</p>
-{% if section.summary|length > 1 %}
-<ul>{% for sentence in section.summary[1:] %}<li>{{ sentence }}</li>{% endfor %}</ul>
-{% endif %}
-</div>
-{% for text in section.cautions %}<p class="caution">{{ text }}</p>{% endfor %}
-{% for table in section.tables %}
-<h3>{{ table.title }}</h3>
-{% if table.lead %}<p class="note">{{ table.lead }}</p>
-{% endif %}
-<div class="scroll" tabindex="0" role="region" aria-label="{{ table.title }}">
-<table>
-<thead>
-<tr class="groups">{% for group, size in groups(table) %}<th colspan="{{ size }}" scope="colgroup">{{ group }}</th>\
-{% endfor %}</tr>
-<tr>{% for column in table.columns %}<th scope="col" title="{{ column.help }}"\
-{% if column.words %} class="words"{% endif %}>{{ column.heading }}</th>\
-{% endfor %}</tr>
-</thead>
-<tbody>
-{% for row in table.rows %}
-<tr{% if table.columns[1].words and row[0] != table.rows[loop.index0 - 1][0] %} class="next"{% endif %}>\
-<th scope="row">{{ row[0] }}</th>{% set line = loop.index0 %}\
-{% for text in row[1:] %}<td{% if (line, loop.index) in table.strong %} class="best"\
-{% elif table.columns[loop.index].words %} class="words"{% endif %}>{{ text }}</td>\
-{% endfor %}</tr>
-{% endfor %}
-</tbody>
-</table>
-</div>
-{% for note in table.notes %}<p class="note">{{ note }}</p>{% endfor %}
-{% endfor %}
-<h3>Figures</h3>
-<div class="figures">
-{% for picture in drawn %}
-<figure{% if "load" in picture.name %} class="wide"{% endif %}>
-<h4>{{ picture.title }}</h4>
-<div class="scroll" tabindex="0" role="region" aria-label="{{ picture.title }}">\
-<img \
-style="max-width:{{ (picture.width * 6.5)|round(1) }}rem" \
-alt="{{ picture.title }}: {{ picture.caption }}" src="data:image/svg+xml;base64,{{ encoded(picture.svg) }}"></div>
-<figcaption>{{ picture.caption }}</figcaption>
-</figure>
-{% endfor %}
-</div>
-<h3>What the arms share</h3>
-<dl class="facts">{% for name, value in section.made_with %}<div><dt>{{ name }}</dt><dd>{{ value }}</dd></div>\
-{% endfor %}</dl>
-<h3>Each run</h3>
-{% for run in section.details %}
-<details><summary>{{ run.label }} <small>{{ run.directory }}</small></summary>
-<h4>Started with</h4><pre>{{ run.command }}</pre>
-<h4>Ledger: what it spent</h4><pre>{{ run.ledger }}</pre>
-<h4>Certificate: what it was</h4><pre>{{ run.certificate }}</pre>
-<h4>Configuration</h4><pre>{{ run.config }}</pre>
+<div class="summary">{% for sentence in section.answer %}<p class="lead">{{ sentence }}</p>{% endfor %}</div>
+{% for picture in claimed(section.tables[0].figures, pictures) %}{{ drawn(picture) }}{% endfor %}
+{{ shown(section.tables[0], section.cautions, section.notes) }}
+{% for table in section.tables[1:] %}
+<details><summary>{{ table.title }}</summary>
+{{ shown(table, [], []) }}
+<div class="figures">{% for picture in claimed(table.figures, pictures) %}{{ drawn(picture) }}{% endfor %}</div>
 </details>
 {% endfor %}
+<details><summary>What the arms share: seeds, data, initial weights, code, machine</summary>
+<dl class="facts">{% for name, value in section.made_with %}<div><dt>{{ name }}</dt><dd>{{ value }}</dd></div>\
+{% endfor %}</dl></details>
+<details><summary>Each run: how it was started, ledger, certificate, configuration</summary>
+{% for label, directory, texts in section.details %}
+<details><summary>{{ label }} <small>{{ directory }}</small></summary>
+{% for heading, text in texts.items() %}<h4>{{ heading }}</h4><pre>{{ text }}</pre>{% endfor %}
+</details>
+{% endfor %}
+</details>
 </section>
 {% endfor %}
 {% if document.left_out %}
@@ -102,9 +97,6 @@ alt="{{ picture.title }}: {{ picture.caption }}" src="data:image/svg+xml;base64,
 {% if job.details %}<details><summary>traceback</summary><pre>{{ job.details }}</pre></details>{% endif %}</li>
 {% endfor %}</ul></section>
 {% endif %}
-<section><h2>How to read the columns</h2>
-<dl class="help">{% for name, text in help %}<dt>{{ name }}</dt><dd>{{ text }}</dd>{% endfor %}</dl>
-</section>
 </main>
 </body>
 </html>
@@ -114,15 +106,14 @@ alt="{{ picture.title }}: {{ picture.caption }}" src="data:image/svg+xml;base64,
 def html(document: Document, pictures: Sequence[Sequence[Picture]]) -> str:
     """The page; whatever comes from files is escaped."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    tables = [table for section in document.sections for table in section.tables]
-    return environment.from_string(BODY).render(
-        document=document,
-        sections=list(zip(document.sections, pictures, strict=True)),
-        css=CSS,
-        help=column_help(tables),
-        groups=heading_groups,
-        encoded=lambda content: base64.b64encode(content).decode(),
+    environment.globals.update(words=WORDS, claimed=claimed, groups=heading_groups)
+    # Cells break before an interval only: a column is then as narrow as its mean.
+    environment.globals["glued"] = lambda text: (
+        text.replace(" ", "\u00a0").replace("\u00a0±", " ±").replace("\u00a0(", " (")
     )
+    environment.globals["encoded"] = lambda content: base64.b64encode(content).decode()
+    sections = list(zip(document.sections, pictures, strict=True))
+    return environment.from_string(BODY).render(document=document, sections=sections, css=CSS).lstrip()
 
 
 def heading_groups(table: Table) -> list[tuple[str, int]]:

@@ -1,5 +1,7 @@
 """A figure once it is drawn: what pages and texts need, without what draws it."""
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -16,3 +18,12 @@ class Picture:
     width: float
     svg: bytes
     png: bytes
+
+    def begins(self, beginnings: tuple[str, ...]) -> bool:
+        """Whether the name begins so, after the number of its comparison."""
+        return re.sub(r"^\d+_", "", self.name).startswith(beginnings)
+
+
+def claimed(beginnings: tuple[str, ...], pictures: Sequence[Picture]) -> list[Picture]:
+    """The figures that belong to a table, in the order in which they were drawn."""
+    return [picture for picture in pictures if picture.begins(beginnings)]

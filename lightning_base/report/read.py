@@ -1,10 +1,10 @@
 """Reads run directories: what every job of an experiment left behind.
 
-Shapes: S recorded steps, E experts.
+Shapes: S recorded steps, E experts, R rows.
 """
 
 import csv
-import json
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -101,36 +101,40 @@ class Experiment:
 
 
 def read_experiment(*directories: Path) -> Experiment:
-    """Reads experiment directories, or directories of single jobs.
+    """Reads experiment directories, or directories of single jobs; one without a job is among what is left out.
 
     Raises:
-        ReportError: one of them is not there, or holds no job.
+        ReportError: one of them is not there.
     """
     found = Experiment(" + ".join(directory.resolve().name for directory in directories))
-    for directory in directories:
+    for directory in dict.fromkeys(directories):
         if not directory.is_dir():
             raise ReportError(f"{directory} is not a directory: give one that runs have been written to")
-        jobs = list_jobs(directory)
-        if not jobs:
-            raise ReportError(f"{directory} holds no run: give a directory whose folders have a status.json")
-        for path, label in jobs:
+        before = len(found.runs) + len(found.left_out)
+        for path, label in list_jobs(directory, found.left_out):
             job = read_job(path, label)
-            (found.runs if isinstance(job, Run) else found.left_out).append(job)  # type: ignore[arg-type]
+            found.runs.append(job) if isinstance(job, Run) else found.left_out.append(job)
+        if before == len(found.runs) + len(found.left_out):
+            deeper = sorted({path.parent.parent.name for path in directory.glob("*/*/status.json")})
+            hint = f"its folders {', '.join(deeper[:8])} do" if deeper else "runs are folders with a status.json"
+            found.left_out.append(LeftOut(directory.name, str(directory), "empty", f"it holds no run; {hint}"))
     return found
 
 
-def list_jobs(directory: Path) -> list[tuple[Path, str]]:
+def list_jobs(directory: Path, left_out: list[LeftOut]) -> list[tuple[Path, str]]:
     """The jobs of an experiment with their labels: those of its sweep in order, then any others by name."""
     if (directory / "status.json").exists():
         return [(directory, directory.resolve().name)]
+    swept: dict[str, str] = {}
     try:
         labels = read_json(directory / "sweep.json").get("jobs", {})
         swept = {str(name): printable(str(label)) for name, label in labels.items()}
     except (ValueError, AttributeError, OSError) as error:
-        raise ReportError(f"{directory / 'sweep.json'} cannot be read ({error}): repair or remove it") from error
-    others = sorted(
-        path.name for path in directory.iterdir() if path.name not in swept and (path / "status.json").exists()
-    )
+        left_out.append(LeftOut("sweep.json", "sweep.json", "unreadable", f"runs have the names of folders: {error}"))
+    # A job that was killed before it could say anything has its configuration.
+    marks = ("status.json", "manifest.json", ".hydra/config.yaml")
+    folders = sorted(path for path in directory.iterdir() if path.is_dir() and not path.name.startswith("."))
+    others = [path.name for path in folders if path.name not in swept and any((path / name).exists() for name in marks)]
     # A name in sweep.json is a folder right here, whatever a hand may have written into the file.
     return [(directory / Path(name).name, swept.get(name, name)) for name in [*swept, *others]]
 
@@ -142,14 +146,15 @@ def read_job(path: Path, label: str) -> Run | LeftOut:
         status = job.status()
         state = str(status.get("state", "not started"))
         if state != "done":
-            reason = str(status.get("error") or WHY.get(state, "it did not finish"))
+            alive = state == "running" and job.is_alive()
+            reason = str(status.get("error") or ("it is running" if alive else WHY.get(state, "it did not finish")))
             return LeftOut(path.name, label, state, reason, str(status.get("traceback") or ""))
         return Run(
             path=path,
             label=label,
             status=status,
-            manifest=required_json(path / "manifest.json"),
-            config=read_yaml(job.config),
+            manifest=required(path / "manifest.json", read_json),
+            config=required(job.config, read_yaml),
             overrides=read_overrides(job.config.with_name("overrides.yaml")),
             series=read_series(path / "metrics.csv"),
             counts=read_counts(path / "expert_load.csv"),
@@ -167,39 +172,34 @@ def printable(text: str) -> str:
 
 
 WHY = {
-    "running": "it is running, or was killed without a word",
+    "running": "it is running on another machine, or was killed without a word",
     "preempted": "it was stopped and can be resumed",
     "not started": "there is no status.json",
 }
 
 
-def required_json(path: Path) -> dict[str, Any]:
+def required(path: Path, read: Callable[[Path], Any]) -> dict[str, Any]:
+    """A mapping from a file of JSON or YAML."""
     try:
-        found = read_json(path)
-    except (json.JSONDecodeError, ValueError) as error:
-        raise UnreadableError(f"{path.name} is not a JSON object ({error})") from error
-    if not found:
-        raise UnreadableError(f"{path.name} is missing or empty")
+        found = read(path)
+    except FileNotFoundError:
+        found = None
+    except (ValueError, yaml.YAMLError) as error:
+        raise UnreadableError(f"{path.name} cannot be read ({' '.join(str(error).split())})") from error
+    if not found or not isinstance(found, dict):
+        raise UnreadableError(f"{path.name} is missing, empty or no mapping")
     return found
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        raise UnreadableError(".hydra/config.yaml is missing")
-    try:
-        found = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise UnreadableError(".hydra/config.yaml is not YAML") from error
-    if not isinstance(found, dict):
-        raise UnreadableError(".hydra/config.yaml does not hold a mapping")
-    return found
+def read_yaml(path: Path) -> Any:
+    return yaml.safe_load(path.read_text())
 
 
 def read_overrides(path: Path) -> list[str]:
     """What was typed for this job; nothing depends on it, so a file that is not there is no mistake."""
     try:
-        found = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError):
+        found = read_yaml(path)
+    except (OSError, ValueError, yaml.YAMLError):
         return []
     return [str(item) for item in found] if isinstance(found, list) else []
 
@@ -214,36 +214,35 @@ def read_series(path: Path) -> dict[str, Series]:
 
 def read_counts(path: Path) -> dict[str, dict[str, Counts]]:
     """The counts of expert_load.csv by stage and layer."""
-    cells: dict[tuple[str, str], dict[int, dict[int, tuple[int, int]]]] = {}
-    for step, stage, layer, expert, demand, load in read_rows(
-        path, ("step", "stage", "layer", "expert", "demand", "load")
-    ):
-        by_step = cells.setdefault((stage, layer), {})
-        by_step.setdefault(int(step), {})[int(expert)] = (int(demand), int(load))
     found: dict[str, dict[str, Counts]] = {}
-    for (stage, layer), by_step in cells.items():
-        widths = {len(experts) for experts in by_step.values()}
-        if len(widths) != 1 or any(sorted(experts) != list(range(len(experts))) for experts in by_step.values()):
+    for stage, layer, rows_R4 in grouped(path, ("step", "stage", "layer", "expert", "demand", "load")):
+        steps, experts = np.unique(rows_R4[:, 0]), np.unique(rows_R4[:, 1])
+        places = np.stack(np.meshgrid(steps, np.arange(len(experts)), indexing="ij"), -1).reshape(-1, 2)
+        if not np.array_equal(rows_R4[:, :2], places):
             raise UnreadableError(f"expert_load.csv lacks rows of {stage}, {layer}")
-        table_S2E = np.array([[by_step[s][e] for e in range(max(widths))] for s in by_step])
-        found.setdefault(stage, {})[layer] = Counts(np.array(list(by_step)), table_S2E[..., 0], table_S2E[..., 1])
+        demand_SE, load_SE = rows_R4[:, 2:].T.reshape(2, len(steps), len(experts))
+        found.setdefault(stage, {})[layer] = Counts(steps, demand_SE, load_SE)
     return found
 
 
 def read_drops(path: Path) -> dict[str, dict[str, np.ndarray]]:
     """The counts of drop_by_position.csv, summed over steps, by stage and layer; {} if the file is not there."""
-    if not path.exists():
-        return {}
-    cells: dict[tuple[str, str], dict[int, np.ndarray]] = {}
-    for _, stage, layer, place, asked, dropped in read_rows(
-        path, ("step", "stage", "layer", "bin", "asked", "dropped")
-    ):
-        by_bin = cells.setdefault((stage, layer), {})
-        by_bin[int(place)] = by_bin.get(int(place), 0) + np.array([int(asked), int(dropped)])
     found: dict[str, dict[str, np.ndarray]] = {}
-    for (stage, layer), by_bin in cells.items():
-        found.setdefault(stage, {})[layer] = np.stack([by_bin[place] for place in sorted(by_bin)], 1)
+    if path.exists():
+        for stage, layer, rows_R4 in grouped(path, ("step", "stage", "layer", "bin", "asked", "dropped")):
+            places = np.unique(rows_R4[:, 1])
+            sums = [rows_R4[rows_R4[:, 1] == place, 2:].sum(0) for place in places]
+            found.setdefault(stage, {})[layer] = np.stack(sums, 1)
     return found
+
+
+def grouped(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[str, str, np.ndarray]]:
+    """The whole numbers of a file by stage and layer, each group in the order of steps and places."""
+    found: dict[tuple[str, str], list[list[int]]] = {}
+    for step, stage, layer, *numbers in read_rows(path, columns):
+        found.setdefault((stage, layer), []).append([int(step), *map(int, numbers)])
+    for (stage, layer), rows in found.items():
+        yield stage, layer, np.array(sorted(rows))
 
 
 def read_rows(path: Path, columns: tuple[str, ...]) -> list[list[str]]:

@@ -22,20 +22,21 @@ class Interval:
     Args:
         mean: of the N numbers.
         low, high: the t interval around the mean.
-        boot_low, boot_high: the percentile interval of the means of N numbers drawn again with replacement.
         spread: sample standard deviation between seeds.
         p: two-sided probability of a mean this far from zero or farther, if the true one is zero (t test).
-        n: N.
+        values: the N numbers.
     """
 
     mean: float
     low: float
     high: float
-    boot_low: float
-    boot_high: float
     spread: float
     p: float
-    n: int
+    values: tuple[float, ...]
+
+    @property
+    def n(self) -> int:
+        return len(self.values)
 
     @property
     def margin(self) -> float:
@@ -52,6 +53,15 @@ class Interval:
         """1 or -1 if the t interval is above or below zero, 0 if it holds zero or there is none."""
         return int(self.low > 0) - int(self.high < 0)
 
+    def bootstrap(self, confidence: float = CONFIDENCE) -> tuple[float, float]:
+        """The percentile interval of the means of N numbers drawn again with replacement; takes milliseconds."""
+        if not self.spread > 0:
+            return self.low, self.high
+        drawn = stats.bootstrap(
+            (self.values,), np.mean, confidence_level=confidence, n_resamples=RESAMPLES, method="percentile", rng=0
+        ).confidence_interval
+        return float(drawn.low), float(drawn.high)
+
 
 def interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Interval:
     """The mean of one number per seed with its intervals.
@@ -62,19 +72,20 @@ def interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Interva
     found = np.asarray(values, dtype=np.float64)
     if not len(found) or not np.isfinite(found).all():
         raise ValueError(f"an interval needs finite numbers, at least one: {list(values)}")
-    mean, n = float(found.mean()), len(found)
-    if n == 1:
-        unknown = math.nan
-        return Interval(mean, unknown, unknown, unknown, unknown, unknown, unknown, n)
+    mean, kept = float(found.mean()), tuple(map(float, found))
+    if len(found) == 1:
+        return Interval(mean, math.nan, math.nan, math.nan, math.nan, kept)
     spread = float(found.std(ddof=1))
     if spread == 0.0:
-        return Interval(mean, mean, mean, mean, mean, 0.0, 1.0 if mean == 0.0 else 0.0, n)
-    test = stats.ttest_1samp(found, 0.0)
-    low, high = test.confidence_interval(confidence)
-    drawn = stats.bootstrap(
-        (found,), np.mean, confidence_level=confidence, n_resamples=RESAMPLES, method="percentile", rng=0
-    ).confidence_interval
-    return Interval(mean, float(low), float(high), float(drawn.low), float(drawn.high), spread, float(test.pvalue), n)
+        return Interval(mean, mean, mean, 0.0, 1.0 if mean == 0.0 else 0.0, kept)
+    error, student = spread / math.sqrt(len(found)), stats.t(len(found) - 1)
+    half = float(student.ppf((1 + confidence) / 2)) * error
+    return Interval(mean, mean - half, mean + half, spread, 2 * float(student.sf(abs(mean) / error)), kept)
+
+
+def margin(values: Sequence[float]) -> float:
+    """Half the width of the t interval; nan for one number, and where one is not finite."""
+    return interval(values).margin if all(map(math.isfinite, values)) else math.nan
 
 
 def paired(one: Sequence[float], other: Sequence[float], confidence: float = CONFIDENCE) -> Interval:
@@ -87,7 +98,7 @@ def paired(one: Sequence[float], other: Sequence[float], confidence: float = CON
 def holm(p_values: Sequence[float]) -> list[float]:
     """p values corrected for how many there are, in the order given (Holm 1979, A simple sequentially rejective ...).
 
-    The smallest is multiplied by their number m, the next by m - 1, and so on; none becomes smaller than one before it.
+    The smallest is multiplied by their number m, the next by m - 1, and so on; none is smaller than the one before.
     """
     order = sorted(range(len(p_values)), key=lambda i: p_values[i])
     corrected, least = [0.0] * len(p_values), 0.0

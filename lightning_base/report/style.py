@@ -21,12 +21,12 @@ h4 { margin: .8rem 0 .3rem; font-size: 1rem; }
 .summary ul, .apart ul { margin: 0; padding-left: 1.2rem; }
 .summary li { margin: .25rem 0; }
 .caution, .apart { max-width: 60rem; margin: 1rem 0; padding: .6rem .9rem; color: var(--warn); overflow-wrap: anywhere;
-  background: var(--warn-paper); border-left: 4px solid currentColor; }
-.apart p { margin: 0 0 .3rem; font-weight: 600; }
+  font-size: .9rem;  background: var(--warn-paper); border-left: 4px solid currentColor; }
+.apart p { font-weight: 600; } .caution p, .apart p { margin: 0 0 .3rem; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .84rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .4rem .45rem; text-align: right; white-space: nowrap; }
-thead th { vertical-align: bottom; font-weight: 600; white-space: normal; min-width: 2.2rem; }
+th, td { padding: .4rem .45rem; text-align: right; }
+thead th { vertical-align: bottom; font-weight: 600; min-width: 2.2rem; }
 thead tr:last-child th { border-bottom: 2px solid var(--ink); }
 tr.groups th { text-align: left; color: var(--soft); font-weight: 500; font-size: .8rem; padding-bottom: 0; }
 tr.groups th:not(:empty) { border-bottom: 1px solid var(--line); }
@@ -42,19 +42,24 @@ td.best { font-weight: 700; color: var(--accent); }
 figure { margin: 0; min-width: 0; }
 figure.wide { grid-column: 1 / -1; }
 figure.wide img { min-width: 24rem; }
-figure .scroll { background: #fff; border: 1px solid var(--line); border-radius: 8px; padding: .4rem; }
-figure img { display: block; width: 100%; min-width: 20rem; height: auto; margin: 0 auto; }
+figure .scroll { width: fit-content; max-width: 100%; background: #fff; border: 1px solid var(--line);
+  border-radius: 8px; padding: .4rem; }
+figure img { display: block; width: 100%; min-width: 19rem; height: auto; margin: 0 auto; }
 figcaption { margin-top: .5rem; color: var(--soft); font-size: .9rem; max-width: 60rem; }
 .facts { display: grid; gap: .2rem 1.5rem; margin: 0;
   grid-template-columns: repeat(auto-fill, minmax(min(100%, 17rem), 1fr)); font-size: .9rem; }
 .facts div { display: flex; justify-content: space-between; gap: 1rem; border-bottom: 1px solid var(--line); }
 dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; }
-.help { max-width: 60rem; } .help dt { font-weight: 600; color: var(--ink); margin-top: .6rem; }
+.help { margin: .8rem 0; color: var(--soft); font-size: .85rem; columns: 26rem; column-gap: 2rem; }
+.help div { break-inside: avoid; margin-bottom: .3rem; }
+.help dt, .help dd { display: inline; } .help dt { font-weight: 600; color: var(--ink); }
+.help dt::after { content: ":"; }
 details { margin: .4rem 0; border: 1px solid var(--line); border-radius: 6px; padding: .4rem .8rem; min-width: 0; }
 summary { cursor: pointer; overflow-wrap: anywhere; } small { color: var(--soft); }
 pre { overflow-x: auto; background: var(--band); padding: .7rem; border-radius: 6px; font-size: .8rem;
   line-height: 1.4; }
 .state { color: var(--warn); border: 1px solid currentColor; border-radius: 4px; padding: 0 .3rem; font-size: .85rem; }
 .leftout li { margin: .4rem 0; overflow-wrap: anywhere; }
-@media print { details { display: none; } .scroll { overflow: visible; } }
+td.words, tbody th { min-width: 6rem; overflow-wrap: anywhere; }
+@media print { details { display: none; } .scroll { overflow: visible; } table { font-size: .7rem; } }
 """

@@ -43,33 +43,27 @@ def check_form(manifest: dict[str, Any]) -> Iterator[str]:
         value = manifest.get(name)
         if not (isinstance(value, str) and re.fullmatch(f"[0-9a-f]{{{length}}}", value)):
             yield f"{name} in manifest.json is not {length} hexadecimal digits: {value!r}"
-    for name in COUNTS:
+    for name in (*COUNTS, "seed"):
         if not is_count(manifest.get(name)):
             yield f"{name} in manifest.json is not a count: {manifest.get(name)!r}"
     for name, kind in {"config": dict, "packages": dict, "result": dict, "ledger": dict, "device": str}.items():
         if not isinstance(manifest.get(name), kind):
             yield f"{name} in manifest.json is missing or has another form"
-    if not is_count(manifest.get("seed")):
-        yield f"seed in manifest.json is not a count: {manifest.get('seed')!r}"
-    ledger = manifest.get("ledger")
-    if isinstance(ledger, dict):
-        for name in LEDGER:
-            value = ledger.get(name)
-            if not (isinstance(value, int | float) and value > 0 and math.isfinite(value)):
-                yield f"ledger.{name} in manifest.json is not a number above 0: {value!r}"
-        modes = ledger.get("evaluation_modes")
-        if not (isinstance(modes, dict) and modes and all(isinstance(causal, bool) for causal in modes.values())):
-            yield f"ledger.evaluation_modes in manifest.json does not say which ways are causal: {modes!r}"
-        training = ledger.get("causal_in_training")
-        if not isinstance(training, bool):
-            yield f"ledger.causal_in_training in manifest.json is not true or false: {training!r}"
-        if not isinstance(ledger.get("router"), str):
-            yield "ledger.router in manifest.json is missing"
-    result = manifest.get("result")
-    if isinstance(result, dict):
-        for name, value in {"final/loss": None, **result}.items():
-            if not isinstance(value, int | float) or isinstance(value, bool):
-                yield f"result.{name} in manifest.json is not a number: {value!r}"
+            return
+    ledger, modes = manifest["ledger"], manifest["ledger"].get("evaluation_modes")
+    for name in LEDGER:
+        value = ledger.get(name)
+        if not (isinstance(value, int | float) and value > 0 and math.isfinite(value)):
+            yield f"ledger.{name} in manifest.json is not a number above 0: {value!r}"
+    if not (isinstance(modes, dict) and modes and all(isinstance(causal, bool) for causal in modes.values())):
+        yield f"ledger.evaluation_modes in manifest.json does not say which ways are causal: {modes!r}"
+    if not isinstance(ledger.get("causal_in_training"), bool):
+        yield f"ledger.causal_in_training in manifest.json is not true or false: {ledger.get('causal_in_training')!r}"
+    if not isinstance(ledger.get("router"), str):
+        yield "ledger.router in manifest.json is missing"
+    for name, value in {"final/loss": None, **manifest["result"]}.items():
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            yield f"result.{name} in manifest.json is not a number: {value!r}"
 
 
 def check_seal(run: Run) -> Iterator[str]:

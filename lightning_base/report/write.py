@@ -1,15 +1,18 @@
 """Writes the report of one or several directories."""
 
 import difflib
+import re
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from lightning_base.report.document import Document, build
+from lightning_base.report.document import Document, Section, build
+from lightning_base.report.page import html
 from lightning_base.report.picture import Picture
 from lightning_base.report.read import ReportError
+from lightning_base.report.tabular import numbers_csv, table_csv, table_latex
 from lightning_base.report.text import markdown, terminal
 
 FIGURES = "report_files"
@@ -30,15 +33,13 @@ def write_report(*directories: str | Path, quiet: bool = False) -> Path:
     """
     # Imported late: drawing needs a second to load, and most mistakes are found before.
     from lightning_base.report.figures import pictures
-    from lightning_base.report.page import html
 
     paths = [Path(directory) for directory in directories]
     document = build(*paths)
     drawn: list[list[Picture]] = []
     for i, section in enumerate(document.sections):
-        prefix = f"{i + 1}_" if len(document.sections) > 1 else ""
         found = pictures(section.comparison, section.labels)
-        drawn.append([replace(picture, name=f"{prefix}{picture.name}") for picture in found])
+        drawn.append([replace(picture, name=f"{prefix(i, document)}{picture.name}") for picture in found])
     target = place(paths)
     try:
         target.mkdir(exist_ok=True)
@@ -47,6 +48,9 @@ def write_report(*directories: str | Path, quiet: bool = False) -> Path:
         folder.mkdir()
         for picture in (picture for found in drawn for picture in found):
             (folder / f"{picture.name}.png").write_bytes(picture.png)
+        for i, section in enumerate(document.sections):
+            for name, content in files(section):
+                (folder / f"{prefix(i, document)}{name}").write_text(content, encoding="utf-8")
         (target / "report.md").write_text(markdown(document, drawn, FIGURES), encoding="utf-8")
         (target / "report.html").write_text(html(document, drawn), encoding="utf-8")
     except OSError as error:
@@ -54,6 +58,20 @@ def write_report(*directories: str | Path, quiet: bool = False) -> Path:
     if not quiet:
         announce(document, target)
     return target / "report.html"
+
+
+def prefix(i: int, document: Document) -> str:
+    """What the files of a section begin with, where there are several."""
+    return f"{i + 1}_" if len(document.sections) > 1 else ""
+
+
+def files(section: Section) -> Iterator[tuple[str, str]]:
+    """Names and contents of the tables beside the page."""
+    for table in section.tables:
+        name = re.sub(r"\W+", "_", table.title.lower()).strip("_")
+        yield f"{name}.csv", table_csv(table)
+        yield f"{name}.tex", table_latex(table)
+    yield "numbers.csv", numbers_csv(section.comparison, section.labels)
 
 
 def place(directories: Sequence[Path]) -> Path:

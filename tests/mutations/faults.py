@@ -314,10 +314,17 @@ FAULTS = [
     ),
     Fault(
         "the report ranks arms that look ahead",
-        "report/summary.py",
-        "ranked = sorted(causal or known, ",
-        "ranked = sorted(known, ",
-        "report/test_summary.py report/test_questions.py",
+        "report/answer.py",
+        "if i != other and both and comparison.arms[i].causal and",
+        "if i != other and both and",
+        "report/test_answer.py",
+    ),
+    Fault(
+        "the report forgets how many arms it compares",
+        "report/answer.py",
+        "corrected = iter(holm(known))",
+        "corrected = iter(known)",
+        "report/test_answer.py",
     ),
     Fault(
         "the report compares runs on other batches",

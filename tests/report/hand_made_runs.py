@@ -54,6 +54,7 @@ def write_run(
     manifest: dict[str, Any] | None = None,
     ledger: dict[str, Any] | None = None,
     without: tuple[str, ...] = (),
+    series: dict[str, list[float]] | None = None,
 ) -> Path:
     """Writes a finished, consistent run.
 
@@ -66,6 +67,7 @@ def write_run(
         manifest: fields of the manifest that are other than usual.
         ledger: the same for the ledger.
         without: scalars that are not written.
+        series: more scalars, with a value for every step.
     """
     options = config(router, seed, changes or {})
     steps = options["trainer"]["max_steps"]
@@ -116,7 +118,8 @@ def write_run(
     write_json(folder / "manifest.json", {**usual, **(manifest or {})})
     reseal(folder)
     write_counts(folder / "expert_load.csv", steps, training, balanced=router == "BASE")
-    write_metrics(folder / "metrics.csv", steps, results, BALANCE[router if router in BALANCE else "other"], without)
+    balance = BALANCE[router if router in BALANCE else "other"]
+    write_metrics(folder / "metrics.csv", steps, results, balance, without, series or {})
     return folder
 
 
@@ -133,8 +136,20 @@ FINAL = (1.0, 0.61644, 1.0, 0.61644)
 NAMES = ("max_vio/demand", "load_cv/demand", "max_vio/load", "load_cv/load")
 
 
+def write_seeds(folder: Path, **losses: tuple[float, ...]) -> None:
+    """A run per router and seed, 1, 2, ..., with these final losses."""
+    for router, by_seed in losses.items():
+        for seed, loss in enumerate(by_seed, start=1):
+            write_run(folder / f"{router}{seed}", router, loss, seed=seed)
+
+
 def write_metrics(
-    path: Path, steps: int, results: dict[str, float], training: tuple[float, ...], without: tuple[str, ...]
+    path: Path,
+    steps: int,
+    results: dict[str, float],
+    training: tuple[float, ...],
+    without: tuple[str, ...],
+    series: dict[str, list[float]],
 ) -> None:
     """Two seconds a step; tokens per second 100, then 200, 400, 300: the median after the first is 300."""
     rows: list[tuple[int, float, str, float]] = []
@@ -145,6 +160,7 @@ def write_metrics(
             for name, value in zip(NAMES, training, strict=True):
                 rows += [(step, seconds, f"{scope}/{name}/{place}", value) for place in ("layer_1", "mean", "max")]
         rows.append((step, seconds, "validation/loss", results["final/loss"] + steps - step))
+        rows += [(step, seconds, name, values[step - 1]) for name, values in series.items()]
     last = (steps, 2.0 * steps)
     rows += [(*last, name, value) for name, value in results.items()]
     passes = {"final_pass": FINAL} | ({"final_balanced_pass": (0.0,) * 4} if "final_balanced/loss" in results else {})

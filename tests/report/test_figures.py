@@ -3,12 +3,14 @@
 from pathlib import Path
 
 import numpy as np
-from hand_made_runs import write_run
+from hand_made_runs import write_run, write_seeds
 
 from lightning_base.report.colors import ROUTERS, router_color, styles
+from lightning_base.report.curves import flops_until
 from lightning_base.report.document import build
 from lightning_base.report.fairness import Arm
-from lightning_base.report.figures import flops_until, pictures, relative
+from lightning_base.report.figures import pareto_front, pictures
+from lightning_base.report.loads import relative
 from lightning_base.report.read import Run, read_job
 
 
@@ -54,10 +56,25 @@ def test_arms_without_curves_or_counts_leave_the_other_figures_whole(tmp_path: P
 
 
 def test_several_seeds_are_drawn(tmp_path: Path) -> None:
-    for seed in (1, 2):
-        for router in ("BASE", "Switch"):
-            write_run(tmp_path / f"{router}{seed}", router, 4.0 + seed, seed=seed)
+    write_seeds(tmp_path, BASE=(5.0, 6.0), Switch=(5.0, 6.5))
     (section,) = build(tmp_path).sections
-    drawn = pictures(section.comparison, section.labels)
-    assert "means over seeds" in drawn[0].caption
-    assert "Seed 1 of 2" in drawn[-1].caption
+    drawn = {picture.name: picture for picture in pictures(section.comparison, section.labels)}
+    assert next(iter(drawn)) == "difference"
+    assert "an empty one is undecided" in drawn["difference"].caption
+    assert "means over seeds" in drawn["loss_steps"].caption
+    assert "Seed 1 of 2" in drawn["load_over_time"].caption
+    assert b'id="difference1"' in drawn["difference"].svg
+
+
+def test_one_seed_has_no_interval_in_its_figure(experiment: Path) -> None:
+    (section,) = build(experiment).sections
+    first = pictures(section.comparison, section.labels)[0]
+    assert "One seed" in first.caption
+    assert b'id="difference1"' not in first.svg
+
+
+def test_the_front_holds_what_no_other_point_beats() -> None:
+    # Speed and loss: the last is beaten by the third, the fourth is as slow as the first and worse.
+    points = [(1.0, 4.0), (3.0, 5.0), (2.0, 4.5), (1.0, 4.1), (2.0, 4.6)]
+    assert pareto_front(points) == [0, 1, 2]
+    assert pareto_front([(1.0, 4.0), (1.0, 4.0), (0.0, float("inf"))]) == [0, 1]

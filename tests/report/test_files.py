@@ -11,6 +11,7 @@ import pytest
 from hand_made_runs import reseal, write_json, write_run
 
 from lightning_base.report import write_report
+from lightning_base.report.document import build
 from lightning_base.report.write import main
 
 ADDRESSES = ("src", "href", "srcset", "data", "action", "poster")
@@ -45,18 +46,29 @@ def test_the_page_needs_nothing_but_itself(experiment: Path) -> None:
 
 def test_a_page_has_all_figures_and_markdown_has_them_as_files(experiment: Path) -> None:
     page = Page(write_report(experiment).read_text())
-    names = ["load_bars", "load_over_time", "loss_flops", "loss_steps", "loss_time"]
-    assert sorted(path.stem for path in (experiment / "report_files").iterdir()) == names
+    names = ["difference", "load_bars", "load_over_time", "loss_flops", "loss_steps", "loss_time", "pareto"]
+    assert sorted(path.stem for path in (experiment / "report_files").glob("*.png")) == names
     text = (experiment / "report.md").read_text()
     assert sorted(re.findall(r"\]\(report_files/(\w+)\.png\)", text)) == names
-    assert page.tags.count("figure") == page.tags.count("figcaption") == 5
+    assert page.tags.count("figure") == page.tags.count("figcaption") == 7
+
+
+def test_the_answer_stands_first_with_one_figure_and_tables_are_files_too(experiment: Path) -> None:
+    text = write_report(experiment).read_text()
+    first = [text.index(mark) for mark in ("One seed does not support a ranking", "<figure", "<table", "<details>")]
+    assert first == sorted(first)
+    assert text[: text.index("<table")].count("<figure") == 1
+    tables = {path.stem for path in (experiment / "report_files").glob("*.tex")}
+    assert {"the_arms", "quality_speed_and_cost_loss_against_speed"} <= tables
+    assert {path.stem for path in (experiment / "report_files").glob("*.csv")} == tables | {"numbers"}
 
 
 def test_page_markdown_and_terminal_show_the_same_numbers(experiment: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page = Page(write_report(experiment).read_text())
     printed = capsys.readouterr().out
     for text in (page.text, (experiment / "report.md").read_text(), printed):
-        assert all(number in text for number in ("4.5000", "5.0000", "18.75 %", "1.500", "6.000 k"))
+        text = text.replace(" %", "\u00a0%")
+        assert all(number in text for number in ("4.5000", "5.0000", "18.75\u00a0%", "0.538")), text
     assert "report.html" in printed
     assert "report.md" in printed
 
@@ -118,24 +130,68 @@ def test_a_directory_that_is_not_there_is_one_sentence_with_near_names(
     assert main(["runs/compare"]) == 0
 
 
-@pytest.mark.parametrize("content", ["nothing", "unfinished", "refused", "broken sweep"])
+@pytest.mark.parametrize("content", ["nothing", "foreign", "unfinished", "refused", "deeper"])
 def test_a_directory_without_a_finished_run_is_one_sentence(
     tmp_path: Path, content: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    (tmp_path / "job").mkdir()
+    if content == "foreign":
+        (tmp_path / "job" / "photo.jpg").write_bytes(b"\xff\xd8")
     if content == "unfinished":
-        (tmp_path / "job").mkdir()
         write_json(tmp_path / "job" / "status.json", {"state": "running"})
     if content == "refused":
-        write_run(tmp_path / "job", manifest={"steps": 7})
-    if content == "broken sweep":
-        write_run(tmp_path / "job")
-        (tmp_path / "sweep.json").write_text("{")
+        write_run(tmp_path / "other", manifest={"steps": 7})
+    if content == "deeper":
+        write_run(tmp_path / "compare" / "router=base")
     assert main([str(tmp_path)]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert error.count("\n") == 1
-    assert {"unfinished": "running", "refused": "steps", "broken sweep": "sweep.json"}.get(content, "no run") in error
+    said = {"unfinished": "running", "refused": "steps", "deeper": "its folders compare do"}
+    assert said.get(content, "holds no run") in error
     assert not (tmp_path / "report.html").exists()
+
+
+def test_what_cannot_be_read_is_said_and_the_rest_reported(
+    experiment: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An empty directory beside a good one, a broken sweep.json, a job killed at its start, a broken event file."""
+    (experiment.parent / "empty").mkdir()
+    (experiment / "sweep.json").write_text("{")
+    (experiment / "killed" / ".hydra").mkdir(parents=True)
+    (experiment / "killed" / ".hydra" / "config.yaml").write_text("seed: 1")
+    (experiment / "router=base" / "tensorboard").mkdir()
+    (experiment / "router=base" / "tensorboard" / "events.out.tfevents.1").write_bytes(b"\x00garbage")
+    assert main([str(experiment), str(experiment.parent / "empty")]) == 0
+    printed = capsys.readouterr().out
+    assert "router=base 5.0000 and router=switch 4.5000" in printed
+    listed = [line for line in printed.splitlines() if line.startswith("not in any table: ")]
+    assert len(listed) == 3
+    assert [("sweep.json" in listed[0]), ("killed" in listed[1]), ("empty" in listed[2])] == [True] * 3
+
+
+@pytest.mark.parametrize(
+    "file", ["metrics.csv", "expert_load.csv", "manifest.json", "status.json", ".hydra/config.yaml"]
+)
+@pytest.mark.parametrize("damage", ["cut", "binary", "words", "empty", "list", "number"])
+def test_a_damaged_file_refuses_its_run_and_no_other(experiment: Path, file: str, damage: str) -> None:
+    path = experiment / "router=switch" / file
+    content = path.read_bytes()
+    lines = content.splitlines(keepends=True)
+    path.write_bytes(
+        {
+            "cut": content[: len(content) * 2 // 3],
+            "binary": b"\xff\x00" * 50,
+            "words": lines[0] + b"one,two,three,four,five,six\n",
+            "empty": b"",
+            "list": b"[1, 2]",
+            "number": b"7",
+        }[damage]
+    )
+    document = build(experiment)
+    assert [section.labels for section in document.sections] == [["base"]]
+    (refused,) = document.left_out
+    assert (refused.label, refused.reason != "") == ("switch", True)
 
 
 @pytest.mark.parametrize(("arguments", "code"), [([], 2), (["--unknown"], 2), (["--help"], 0)])
@@ -162,7 +218,7 @@ def test_a_real_sweep_stands_in_one_table(small_sweep: Path) -> None:
     assert "Not in any table" not in page.text
     assert "evaluation, balanced" in page.text
     assert "exactly even in base" in page.text
-    assert page.tags.count("figure") == 7
+    assert page.tags.count("figure") == 9
     for title in (
         "What does balanced routing change?",
         "Does routing look ahead?",

@@ -57,34 +57,43 @@ def cells(table: Table, row: int) -> dict[str, str]:
     }
 
 
-def test_the_summary_comes_first_and_is_narrow(experiment: Path) -> None:
+def test_the_short_table_comes_first_and_the_others_fold(experiment: Path) -> None:
     (section,) = build(experiment).sections
     assert [table.title for table in section.tables] == [
-        "Summary",
-        "Quality and cost",
-        "Balance",
+        "The arms",
+        "Quality at equal steps, FLOPs and time; learning curves",
+        "Quality, speed and cost; loss against speed",
+        "Balance: demand and load of each expert",
+        "Who would wait, and what would be padding?",
         "What does balanced routing change?",
         "Does routing look ahead?",
         "Where does the time of a step go?",
-        "Who would wait, and what would be padding?",
     ]
     assert len(section.tables[0].columns) <= 10
-    base, switch = cells(section.tables[0], 0), cells(section.tables[0], 1)
-    assert (base["Routing in training max_vio"], switch["Routing in training max_vio"]) == ("0.000", "0.538")
-    assert base["Evaluation leak"] == "0.00 %"
+    # All but the short table: those, what the arms share, each run, and in it a run each.
+    assert write_report(experiment, quiet=True).read_text().count("<details>") == 7 + 2 + 2
+
+
+def test_a_heading_is_explained_once_where_it_first_stands(experiment: Path) -> None:
+    explained = [name for table in tables(experiment).values() for name, _ in table.help]
+    assert len(explained) == len(set(explained))
+    shown = {column.heading for table in tables(experiment).values() for column in table.columns}
+    assert shown - set(explained) == {"arm"}
+    assert "max_vio" in dict(tables(experiment)["The arms"].help)
+    assert "a leak" in tables(experiment)["Does routing look ahead?"].lead.lower()
 
 
 def test_the_leak_of_each_way_of_routing(experiment: Path) -> None:
     table = tables(experiment)["Does routing look ahead?"]
     base = cells(table, 0)
     assert base["arm"] == "BASE†"
-    assert base["routed as in training experts"] == "25.00 %"
+    assert base["routed as in training chosen"] == "25.00 %"
     assert base["routed as in training gates"] == "12.50 %"
     assert base["routed as in training any"] == "37.50 %"
     assert cells(table, 1)["routed as in training any"] == "0.00 %"
 
 
-def test_every_table_marks_what_looks_at_later_tokens_and_says_so_below(experiment: Path) -> None:
+def test_every_table_marks_what_looks_at_later_tokens_and_the_page_says_so_once(experiment: Path) -> None:
     causal = {"causal_in_training": False, "evaluation_modes": {"expert_choice": False, "greedy": True}}
     third = write_run(experiment / "third", "ExpertChoice", 4.0, ledger=causal)
     rows = [
@@ -98,17 +107,13 @@ def test_every_table_marks_what_looks_at_later_tokens_and_says_so_below(experime
     for run in ("base", "switch", "third"):
         edit(experiment / run / "status.json", "alarms", [alarm])
     found = tables(experiment)
-    assert len(found) == 8
+    assert len(found) == 9
+    balance, gap = found.pop("Balance: demand and load of each expert"), found.pop("What does balanced routing change?")
     for title, table in found.items():
-        training, evaluation = "† Not causal in training", "‡ Not causal in evaluation"
-        assert [note[: len(training)] for note in table.notes if note[0] == "†"] == [training], title
-        assert [note[: len(evaluation)] for note in table.notes if note[0] == "‡"] == [evaluation], title
-        if title in ("Balance", "What does balanced routing change?"):
-            continue
         # As each is usually evaluated.
         assert sorted(row[0] for row in table.rows) == ["BASE†", "ExpertChoice†‡", "Switch"], title
     # With a row for each way of routing, the mark is where it belongs.
-    ways = {(row[0], row[1]) for row in found["Balance"].rows if row[1].startswith("evaluation")}
+    ways = {(row[0], row[1]) for row in balance.rows if row[1].startswith("evaluation")}
     assert ways == {
         ("BASE†", "evaluation, greedy"),
         ("BASE†", "evaluation, balanced‡"),
@@ -116,12 +121,10 @@ def test_every_table_marks_what_looks_at_later_tokens_and_says_so_below(experime
         ("ExpertChoice†", "evaluation, greedy"),
         ("Switch", "evaluation"),
     }
-    assert [row[1] for row in found["What does balanced routing change?"].rows] == [
-        "greedy",
-        "balanced‡",
-        "expert_choice‡",
-        "greedy",
-    ]
+    assert [row[1] for row in gap.rows] == ["greedy", "balanced‡", "expert_choice‡", "greedy"]
+    page = write_report(experiment, quiet=True)
+    for text in (page.read_text(), page.with_suffix(".md").read_text()):
+        assert text.count("† Not causal in training") == text.count("‡ Not causal in evaluation") == 1
 
 
 def test_the_page_the_file_and_the_terminal_explain_the_marks(
@@ -160,7 +163,9 @@ def test_alarms_are_listed_with_their_sentence(experiment: Path) -> None:
     }
     edit(experiment / "switch" / "status.json", "alarms", [alarm])
     rows = tables(experiment)["What raised an alarm?"].rows
-    assert rows == [["Switch", "collapse", "layer_1", "3", "expert 0 gets 4.0 times its share"]]
+    assert rows == [["Switch", "1", "collapse", "layer_1", "3", "expert 0 gets 4.0 times its share"]]
+    (section,) = build(experiment).sections
+    assert any("Alarms were raised while training Switch" in caution for caution in section.cautions)
 
 
 def test_figures_of_time_and_of_drops_by_position(experiment: Path) -> None:
@@ -169,11 +174,12 @@ def test_figures_of_time_and_of_drops_by_position(experiment: Path) -> None:
     with open(experiment / "switch" / "drop_by_position.csv", "w", newline="") as file:
         csv.writer(file).writerows(rows)
     page = write_report(experiment, quiet=True).read_text()
-    names = {path.stem for path in (experiment / "report_files").iterdir()}
+    names = {path.stem for path in (experiment / "report_files").glob("*.png")}
     assert {"step_time", "drops_by_position"} <= names
     assert "Drops by position" in page
 
 
 def test_runs_without_these_measurements_have_no_empty_tables(tmp_path: Path) -> None:
-    write_run(tmp_path / "only", "TopK")
-    assert list(tables(tmp_path)) == ["Summary", "Quality and cost", "Balance"]
+    write_run(tmp_path / "only", "TopK", without=("validation/loss",))
+    titles = [title.partition(":")[0] for title in tables(tmp_path)]
+    assert titles == ["The arms", "Quality, speed and cost; loss against speed", "Balance"]
