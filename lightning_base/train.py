@@ -128,7 +128,7 @@ def run(config: Config, directory: Path) -> Result:
             training_seconds=round(clock.seconds, 3),
             result=metrics,
         )
-        if isinstance(loggers[0], Board):
+        if metrics and isinstance(loggers[0], Board):
             show_result(loggers[0], config, job)
     return Result("done", directory, metrics)
 

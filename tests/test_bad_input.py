@@ -8,7 +8,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 CASES = {
     "an unknown router": (["router=swich"], "router=swich does not exist; did you mean switch?"),
-    "an unknown experiment": (["experiment=comapre"], "experiment=comapre does not exist; did you mean compare?"),
+    "an unknown experiment": (
+        ["experiment=comapre"],
+        "experiment=comapre does not exist; did you mean compare or paper?",
+    ),
     "an unknown key": (
         ["trainer.max_stepz=5"],
         "trainer.max_stepz is not a key of the configuration; did you mean max_steps?",
@@ -27,8 +30,8 @@ CASES = {
     "an unknown option of a router": (["router=switch", "router.capacity=2"], "did you mean capacity_factor?"),
     "an option of some routers of a sweep": (
         ["-m", "router=switch,top_k", "router.capacity_factor=2"],
-        "router.capacity_factor is not a key of the configuration while router is BASE; choose one of num_experts, "
-        "solver, top_k; in a sweep over router, write ++router.capacity_factor=...",
+        "router.capacity_factor is not a key of the configuration while router is BASE; choose one of gate, "
+        "num_experts, solver, top_k; in a sweep over router, write ++router.capacity_factor=...",
     ),
     "another type": (["trainer.max_steps=many"], "trainer.max_steps='many' should be a whole number"),
     "another type in a list": (["module.betas=[0.9,x]"], "module.betas=[0.9, 'x'] should be a list of a number"),

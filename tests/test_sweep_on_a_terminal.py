@@ -171,7 +171,7 @@ class Terminal:
 def swept(small_corpus: list[str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Terminal, Path]]:
     """A terminal on which a sweep of two arms has run, and its runs directory."""
     folder = tmp_path_factory.mktemp("swept")
-    terminal = Terminal("-m", *small_corpus, "router=uniform,switch", f"runs_dir={folder}")
+    terminal = Terminal("-m", *small_corpus, "router=uniform,hash", f"runs_dir={folder}")
     assert terminal.ends() == 0, terminal.drawn
     yield terminal, folder
     terminal.close()
@@ -183,7 +183,7 @@ def test_a_sweep_leaves_one_table_with_all_its_jobs(swept: tuple[Terminal, Path]
     assert sum("time left" in line for line in screen) == 1, "the table is drawn in its place"
     for job, path in program.jobs(folder).items():
         loss = program.series(path, "train/loss")[-1][1]
-        label = "uniform" if "uniform" in job else "switch"
+        label = "uniform" if "uniform" in job else "hash"
         (line,) = (line for line in screen if line.split()[:1] == [label])
         assert line.split() == [label, "done", "4/4", f"{loss:.3f}", "–"]
     assert any(line.startswith("2 of 2 jobs done") for line in screen)

@@ -1,6 +1,5 @@
 """How often the same tokens change their experts while a router learns."""
 
-import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,8 +19,8 @@ class RoutingChange(pl.Callback):
 
     ``routing_change/<step|validation>/<layer|mean>``: the share of the tokens, of all ranks, whose set of experts is
     another one after one optimizer step, and since the validation before. The batch is the first of each rank. Hidden
-    states are those of evaluation; each layer's router routes as it does in training, by a copy, so that it learns
-    nothing from this. Nothing is measured of a router that knows no other text (``any_text``).
+    states are those of evaluation. Each layer's router routes as it does in training, and learns nothing from it: what it
+    remembers changes at the end of a step alone. Nothing is measured of a router that knows no other text (``any_text``).
     """
 
     def __init__(self) -> None:
@@ -65,9 +64,10 @@ class RoutingChange(pl.Callback):
         module.model.train(training)
         found = {}
         for layer, given in inputs.items():
-            router = copy.deepcopy(module.model.sparse_layers[layer].router).train()
+            router = module.model.sparse_layers[layer].router
             with torch.no_grad():
-                found[layer] = expert_sets(router(*given))
+                found[layer] = expert_sets(router.train()(*given))
+            router.train(training)
         return found
 
     def _log(self, trainer: pl.Trainer, module: LanguageModel, over: str, found: Sets) -> None:

@@ -172,7 +172,7 @@ CASES: list[tuple[Callable[[Path], None], str]] = [
     (unfinished, "is preempted, not done: finish it"),
     (broken_status, "status.json cannot be read"),
     (broken_config, "cannot be read: "),
-    (config_of_another_version, "trainer.max_stepz is not an option"),
+    (config_of_another_version, "trainer.max_stepz is no key of the configuration"),
     (no_checkpoint, "holds no checkpoint"),
     (damaged_checkpoint, "step_2.ckpt is not what was written"),
     (checkpoint_of_another_model, "step_4.ckpt does not fit the model of this version"),

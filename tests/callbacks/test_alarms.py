@@ -111,7 +111,7 @@ def saturated(router: str, **options: object) -> LanguageModel:
     return module
 
 
-LEARNING = [(name, {}) for name in ROUTERS if list(build_router(name).parameters())]
+LEARNING = [(name, {}) for name in ROUTERS if list(build_router(name).parameters()) and name != "gated_dense"]
 LEARNING += [("top_k", {"gate": "sigmoid"}), ("top_k", {"gate": "sigmoid", "top_k": 1, "renormalize": False})]
 LEARNING += [("sinkhorn", {"top_k": 2}), ("loss_free", {"renormalize": True}), ("switch", {"capacity_factor": 0.5})]
 

@@ -164,7 +164,7 @@ def test_what_cannot_be_read_is_said_and_the_rest_reported(
     (experiment / "router=base" / "tensorboard" / "events.out.tfevents.1").write_bytes(b"\x00garbage")
     assert main([str(experiment), str(experiment.parent / "empty")]) == 0
     printed = capsys.readouterr().out
-    assert "router=base 5.0000 and router=switch 4.5000" in printed
+    assert "BASE 5.0000 and Switch 4.5000" in printed
     listed = [line for line in printed.splitlines() if line.startswith("not in any table: ")]
     assert len(listed) == 3
     assert [("sweep.json" in listed[0]), ("killed" in listed[1]), ("empty" in listed[2])] == [True] * 3
