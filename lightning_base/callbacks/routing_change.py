@@ -19,8 +19,8 @@ class RoutingChange(pl.Callback):
 
     ``routing_change/<step|validation>/<layer|mean>``: the share of the tokens, of all ranks, whose set of experts is
     another one after one optimizer step, and since the validation before. The batch is the first of each rank. Hidden
-    states are those of evaluation. Each layer's router routes as it does in training, and learns nothing from it: what it
-    remembers changes at the end of a step alone. Nothing is measured of a router that knows no other text (``any_text``).
+    states are those of evaluation. Each layer's router routes as it does in training and learns nothing from it: what
+    it remembers changes at the end of a step alone. A router that knows no other text (``any_text``) is left out.
     """
 
     def __init__(self) -> None:
