@@ -93,6 +93,18 @@ def scales(studies: Studies) -> Rows:
     return grid(studies, "router_scale", "module__router_init_scale", SCALES, ("BASE", "Switch", "TopK"))
 
 
+def mended(studies: Studies) -> Rows:
+    """Every change of BASE that helped, beside the arms it is held against."""
+    names = {router: studies.arm("compare", router) for router in ("Dense", "GatedDense", "Switch", "BASE")}
+    arms = {NAMES[router]: arm for router, arm in names.items()}
+    arms["base, centroids ten times longer"] = studies.arm("router_scale", "BASE", module__router_init_scale=10)
+    arms["base, centroids learn ten times as fast"] = studies.arm(
+        "router_learning_rate", "BASE", module__router_learning_rate_factor=10
+    )
+    arms["base, softmax gate"] = studies.arm("gate", "BASE", router__gate="softmax")
+    return against("dense", arms)
+
+
 def router_rates(studies: Studies) -> Rows:
     return grid(
         studies, "router_learning_rate", "module__router_learning_rate_factor", (0.1, 1, 10), ("BASE", "Switch")
@@ -228,6 +240,7 @@ TABLES: dict[str, Callable[[Studies], Rows]] = {
     "openness": openness,
     "gates": gates,
     "scales": scales,
+    "mended": mended,
     "router_rates": router_rates,
     "rates": rates,
     "norms": norms,
