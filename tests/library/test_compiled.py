@@ -65,7 +65,7 @@ def compare_layers(names: list[str]) -> None:
     for name in names:
         torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()  # or the first router's frames would count for all
-        options = {**options_of(name), "num_experts": 1 if name == "dense" else 4}
+        options = {**options_of(name), "num_experts": 1 if "dense" in name else 4}
         router = instantiate(options, "router", Router, width=WIDTH, vocab_size=VOCABULARY)
         assert isinstance(router, Router)
         layer = SparseLayer(
@@ -98,7 +98,7 @@ def count_graphs() -> None:
     for name, reason in allowed.items():
         torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()
-        options = {**options_of(name), "num_experts": 1 if name == "dense" else 4}
+        options = {**options_of(name), "num_experts": 1 if "dense" in name else 4}
         router = instantiate(options, "router", Router, width=WIDTH, vocab_size=VOCABULARY)
         assert isinstance(router, Router)
         experts = Experts(num_experts=router.num_experts, width=WIDTH, hidden_width=8)
