@@ -153,15 +153,21 @@ def grid(studies: Studies, experiment: str, key: str, values: Sequence, routers:
 
 
 def longer(studies: Studies) -> Rows:
-    """Differences from dense along a run of ten times the default's length."""
+    """Differences along a run of ten times the default's length."""
     arms = {NAMES[router]: studies.arm("length", router) for router in ("Dense", "GatedDense", "BASE", "Switch")}
-    rows: Rows = [["step", "dense", *(f"{name} minus dense" for name in arms if name != "dense")]]
-    for step in LENGTHS:
-        read = loss_at(step)
-        gaps = [signed(difference(arm, arms["dense"], read)) for name, arm in arms.items() if name != "dense"]
-        rows.append([str(step), plain(mean(arms["dense"], read)), *gaps])
-    whole = [signed(difference(arm, arms["dense"], final_loss)) for name, arm in arms.items() if name != "dense"]
-    return [*rows, ["whole text, at the end", plain(mean(arms["dense"])), *whole]]
+    pairs = [
+        ("gated_dense", "dense"),
+        ("switch", "dense"),
+        ("base", "dense"),
+        ("base", "gated_dense"),
+        ("base", "switch"),
+    ]
+    rows: Rows = [["step", "dense", *(f"{one} minus {other}" for one, other in pairs)]]
+    readers = {str(step): loss_at(step) for step in LENGTHS} | {"whole text, at the end": final_loss}
+    for label, read in readers.items():
+        gaps = [signed(difference(arms[one], arms[other], read)) for one, other in pairs]
+        rows.append([label, plain(mean(arms["dense"], read)), *gaps])
+    return rows
 
 
 def replayed(studies: Studies) -> Rows:
