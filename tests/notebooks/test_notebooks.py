@@ -43,8 +43,7 @@ def test_a_notebook_runs_in_a_kernel(notebook: Path, small_sweep: Path) -> None:
     assert "1 passed" in done.stdout
 
 
-# What inspect_runs shows depends on whoever has which runs.
-@pytest.mark.parametrize("notebook", [n for n in NOTEBOOKS if n.stem != "inspect_runs"], ids=lambda path: path.stem)
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_is_kept_as_it_ran_from_top_to_bottom(notebook: Path) -> None:
     cells = [cell for cell in json.loads(notebook.read_text())["cells"] if cell["cell_type"] == "code"]
     assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
