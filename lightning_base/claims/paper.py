@@ -25,7 +25,7 @@ ONLY_THE_ROUTER = "Only the router differs: the default setting, `make experimen
 ARCHITECTURES = (
     "`experiment=paper`: BASE and dense have one sparse layer of two residual blocks in the middle, Switch (capacity "
     "factor 1.0) and top-2 (2.0) replace every other feed-forward layer and have as many parameters; loss weight 0.01; "
-    "each arm at the best of two learning rates."
+    "each arm at the better of two learning rates, which are both edges of the grid."
 )
 SIMILAR = 0.05  # nats per token
 PAPER_ARMS = {"dense": "Dense", "base": "BASE", "switch": "Switch", "top_2": "TopK"}

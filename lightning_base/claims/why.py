@@ -124,7 +124,7 @@ def numbers(studies: Studies) -> Rows:
 
 
 def places(studies: Studies) -> Rows:
-    return grid(studies, "placement", "model__sparse_layers", ([1], [2], [1, 2]), ("BASE",))
+    return grid(studies, "placement", "model__sparse_layers", ([1], [2], [1, 2]), ("BASE",), own=False)
 
 
 def groups(studies: Studies) -> Rows:
@@ -136,18 +136,25 @@ def loss_weights(studies: Studies) -> Rows:
     return grid(studies, "loss_weight", key, (0, 0.001, 0.01, 0.1), ("Switch",))
 
 
-def grid(studies: Studies, experiment: str, key: str, values: Sequence, routers: Sequence[str]) -> Rows:
-    """A row per value, a column per router; below two routers' losses their paired difference."""
+def grid(
+    studies: Studies, experiment: str, key: str, values: Sequence, routers: Sequence[str], *, own: bool = True
+) -> Rows:
+    """A row per value, a column per router; then BASE minus the others, and with ``own`` minus itself as published."""
     name = key.replace("__", ".")
     heading = [name, *(NAMES[router] for router in routers)]
     if len(routers) > 1:
         heading += [f"base minus {NAMES[router]}" for router in routers if router != "BASE"]
-    rows: Rows = [heading]
+    published = studies.arm("compare", "BASE")
+    own = own and "BASE" in routers
+    rows: Rows = [[*heading, *["base minus base as published"] * own]]
     for value in values:
         arms = {router: studies.either(experiment, router, **{key: value}) for router in routers}
         row = [str(value), *(plain(mean(arm)) for arm in arms.values())]
         if len(routers) > 1:
             row += [signed(difference(arms["BASE"], arm)) for router, arm in arms.items() if router != "BASE"]
+        if own:
+            gap = difference(arms["BASE"], published, same_model=False)
+            row.append(signed(gap) if gap.spread > 0 else "")
         rows.append(row)
     return rows
 
