@@ -180,9 +180,11 @@ class LanguageModel(pl.LightningModule):
     def on_train_batch_end(self, outputs: object, batch: Mapping[str, Tensor], batch_idx: int) -> None:
         if (batch_idx + 1) % self.trainer.accumulate_grad_batches:
             return
+        sums, self._step_sums = self._step_sums, {}
+        if not self._is_logged(self.global_step):
+            return
         # Sums over micro batches, then over ranks: the loss of the global batch.
-        reduced = sum_over_ranks(self._step_sums, self._reduce)
-        self._step_sums = {}
+        reduced = sum_over_ranks(sums, self._reduce)
         # An explicit step counts the steps done; Lightning's own is one behind in training and not in validation.
         values: dict[str, Any] = {f"train/{name}": value for name, value in reduced.items() if name != "loss"}
         self.log("train/loss", reduced["loss"])
@@ -247,13 +249,6 @@ class LanguageModel(pl.LightningModule):
         for layer, sums in self._router_sums.items():
             self.model.sparse_layers[layer].router.end_step({name: reduced[layer, name] for name in sums})
         self._router_sums = {}
-        gradients = [p.grad for p in self.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        if not bool(torch.isfinite(norm)) and self.trainer.precision != "16-mixed":
-            # Before the weights take it up and are saved; with 16-mixed the scaler skips such a step by itself.
-            raise NonFiniteError(self._not_finite("The gradient", "in the backward pass, with a finite loss"))
-        self.log("train/gradient_norm", norm)
-        self._gradient_norm = norm
 
     def configure_gradient_clipping(
         self,
@@ -261,9 +256,22 @@ class LanguageModel(pl.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clips to the norm that has just been taken, which Lightning would take again."""
+        """Takes the norm once: to see that it is finite, to log it and to clip to it."""
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters() if p.grad is not None])
+        if not bool(torch.isfinite(norm)) and self.trainer.precision != "16-mixed":
+            # Before the weights take it up and are saved; with 16-mixed the scaler skips such a step by itself.
+            raise NonFiniteError(self._not_finite("The gradient", "in the backward pass, with a finite loss"))
+        if self._is_logged(self.global_step + 1):
+            self.log("train/gradient_norm", norm)
         if gradient_clip_val is not None:
-            torch.nn.utils.clip_grads_with_norm_(self.parameters(), gradient_clip_val, self._gradient_norm)
+            torch.nn.utils.clip_grads_with_norm_(self.parameters(), gradient_clip_val, norm)
+
+    def _is_logged(self, step: int) -> bool:
+        """Whether anybody looks at a step: loggers write every n; a bar wants the first, an evaluation the last.
+
+        Lightning's own check comes after its bookkeeping, which takes a hundredth of a small step.
+        """
+        return step % self.trainer.log_every_n_steps == 0 or step in (1, self.max_steps)  # type: ignore[attr-defined]
 
     def _learning_rate_factor(self, step: int) -> float:
         options = self.optimizer_options
