@@ -58,7 +58,7 @@ class Exchange:
             receive: how many come from each rank, summing to M; ``counts`` finds out.
             kind: a name for the meter.
         """
-        return _Rows.apply(rows_ND, self, list(send), list(receive), kind)  # type: ignore[no-any-return]
+        return _Rows.apply(rows_ND, self, list(send), list(receive), kind)
 
     def _all_to_all(self, kind: str, rows: Tensor, send: list[int], receive: list[int]) -> Tensor:
         arrived = rows.new_empty(sum(receive), *rows.shape[1:])
@@ -80,6 +80,6 @@ class _Rows(torch.autograd.Function):
         return exchange._all_to_all(kind, rows_ND.contiguous(), send, receive)
 
     @staticmethod
-    def backward(ctx: Any, grad_MD: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_MD: Tensor) -> tuple[Tensor | None, ...]:
         back = ctx.exchange._all_to_all(f"{ctx.kind}_backward", grad_MD.contiguous(), ctx.receive, ctx.send)
         return back, None, None, None, None
