@@ -19,7 +19,7 @@ import pytorch_lightning as pl
 import torch
 import yaml
 from pytorch_lightning.loggers import Logger
-from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
+from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy
 
 from lightning_base import checkpoint
 from lightning_base.callbacks.alarms import Alarms
@@ -70,7 +70,7 @@ def run(config: Config, directory: Path) -> Result:
     seed_everything(config.seed)
     torch.set_num_threads(threads_per_rank(config))
     resume = checkpoint.newest(job.checkpoints)
-    resumed_step = int(resume.stem.split("_")[1]) if resume else None
+    resumed_step = checkpoint.step_of(resume) if resume else None
 
     data = build_data(config, job.prepared_corpus())
     module = build_module(config)
@@ -218,11 +218,19 @@ def build_trainer(config: Config, directory: Path, loggers: list[Logger], callba
     )
 
 
-def build_strategy(config: Config, accelerator: str) -> Strategy | str:
+class SingleProcess(checkpoint.SavesTogether, SingleDeviceStrategy):
+    """One process with every expert."""
+
+
+class Replicated(checkpoint.SavesTogether, DDPStrategy):
+    """DDP: every rank holds every expert."""
+
+
+def build_strategy(config: Config, accelerator: str) -> checkpoint.SavesTogether:
     """One process, or DDP over the ranks that torchrun has started, with a time-out on every collective."""
     if config.trainer.world_size == 1:
-        return SingleDeviceStrategy(device="cuda:0" if accelerator == "gpu" else "cpu")
-    return DDPStrategy(
+        return SingleProcess(device="cuda:0" if accelerator == "gpu" else "cpu")
+    return Replicated(
         process_group_backend="nccl" if accelerator == "gpu" else "gloo",
         timeout=timedelta(seconds=config.strategy.timeout_seconds),
     )

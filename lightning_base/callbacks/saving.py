@@ -7,6 +7,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 
+from lightning_base.checkpoint import checkpoints, step_of
 from lightning_base.module import LanguageModel, NonFiniteError
 from lightning_base.run_directory import RunDirectory
 
@@ -102,6 +103,7 @@ def save(trainer: pl.Trainer, module: LanguageModel, run: RunDirectory, keep: in
     trainer.save_checkpoint(path)
     module.unproven_checkpoint = str(path)
     if trainer.is_global_zero and keep is not None:
-        ordered = sorted(run.checkpoints.glob("step_*.ckpt"), key=lambda p: int(p.stem.split("_")[1]))
-        for old in ordered[:-keep]:
+        # One from later than this step is damaged, or of a future that did not happen: it does not count.
+        past = [path for path in checkpoints(run.checkpoints) if step_of(path) <= trainer.global_step]
+        for old in past[keep:]:
             trainer.strategy.remove_checkpoint(old)
