@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
 
 from lightning_base.auxiliary_losses import StepCounts, auxiliary_losses, step_counts
+from lightning_base.checkpoint import PARAMETER_NAMES
 from lightning_base.gradients import clip_gradients, gradient_norm
 from lightning_base.instantiation import instantiate
 from lightning_base.metrics.language_model import LanguageModelLoss
@@ -277,6 +278,14 @@ class LanguageModel(pl.LightningModule):
         Lightning's own check comes after its bookkeeping, which takes a hundredth of a small step.
         """
         return step % self.trainer.log_every_n_steps == 0 or step in (1, self.max_steps)  # type: ignore[attr-defined]
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        # By name, so that what the optimizer knows of a parameter is found whatever holds it.
+        names = {parameter: name for name, parameter in self.named_parameters()}
+        checkpoint[PARAMETER_NAMES] = [
+            [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
+            for optimizer in self.trainer.optimizers
+        ]
 
     def _learning_rate_factor(self, step: int) -> float:
         options = self.optimizer_options

@@ -12,14 +12,14 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 import pytorch_lightning as pl
 import torch
 import yaml
 from pytorch_lightning.loggers import Logger
-from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
+from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy
 
 from lightning_base import checkpoint
 from lightning_base.callbacks.alarms import Alarms
@@ -43,6 +43,7 @@ from lightning_base.callbacks.step_time import StepTime
 from lightning_base.callbacks.tensorboard import Arrangement, Board
 from lightning_base.config import Config, check_devices, read_config
 from lightning_base.data import Corpus, TextDataModule
+from lightning_base.distributed.expert_parallel import ExpertParallelStrategy
 from lightning_base.distributed.launch import PREEMPTED, die_with_parent
 from lightning_base.instantiation import ConfigError, instantiate
 from lightning_base.loggers import finish_loggers, offline_loggers
@@ -70,7 +71,7 @@ def run(config: Config, directory: Path) -> Result:
     seed_everything(config.seed)
     torch.set_num_threads(threads_per_rank(config))
     resume = checkpoint.newest(job.checkpoints)
-    resumed_step = int(resume.stem.split("_")[1]) if resume else None
+    resumed_step = checkpoint.step_of(resume) if resume else None
 
     data = build_data(config, job.prepared_corpus())
     module = build_module(config)
@@ -218,13 +219,30 @@ def build_trainer(config: Config, directory: Path, loggers: list[Logger], callba
     )
 
 
-def build_strategy(config: Config, accelerator: str) -> Strategy | str:
-    """One process, or DDP over the ranks that torchrun has started, with a time-out on every collective."""
+class SingleProcess(checkpoint.SavesTogether, SingleDeviceStrategy):
+    """One process with every expert."""
+
+
+class Replicated(checkpoint.SavesTogether, DDPStrategy):
+    """DDP: every rank holds every expert."""
+
+
+def build_strategy(config: Config, accelerator: str) -> checkpoint.SavesTogether:
+    """One process, or the ranks that torchrun has started, with a time-out on every collective."""
     if config.trainer.world_size == 1:
-        return SingleDeviceStrategy(device="cuda:0" if accelerator == "gpu" else "cpu")
-    return DDPStrategy(
-        process_group_backend="nccl" if accelerator == "gpu" else "gloo",
-        timeout=timedelta(seconds=config.strategy.timeout_seconds),
+        return SingleProcess(device="cuda:0" if accelerator == "gpu" else "cpu")
+    options: dict[str, Any] = {
+        "process_group_backend": "nccl" if accelerator == "gpu" else "gloo",
+        "timeout": timedelta(seconds=config.strategy.timeout_seconds),
+    }
+    if config.strategy.name == "ddp":
+        return Replicated(**options)
+    return ExpertParallelStrategy(
+        expert_group=config.expert_group,
+        shared="fsdp" if config.strategy.name == "fsdp" else config.strategy.shared,
+        # Training sequences are padded only where a document is a sequence.
+        same_sizes=config.data.packing == "packed",
+        **options,
     )
 
 

@@ -7,6 +7,8 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 
+from lightning_base.checkpoint import checkpoints, step_of
+from lightning_base.gradients import local
 from lightning_base.module import LanguageModel, NonFiniteError
 from lightning_base.run_directory import RunDirectory
 
@@ -97,11 +99,14 @@ def save(trainer: pl.Trainer, module: LanguageModel, run: RunDirectory, keep: in
     path = run.checkpoints / f"step_{trainer.global_step}.ckpt"
     if str(path) in (module.last_checkpoint, module.unproven_checkpoint):
         return
-    if not all(bool(torch.isfinite(parameter).all()) for parameter in module.parameters()):
+    finite = all(bool(torch.isfinite(local(parameter)).all()) for parameter in module.parameters())
+    # Ranks may hold different experts, and have to agree.
+    if not trainer.strategy.reduce_boolean_decision(finite):
         return  # the next step will fail, and name the checkpoint before this one
     trainer.save_checkpoint(path)
     module.unproven_checkpoint = str(path)
     if trainer.is_global_zero and keep is not None:
-        ordered = sorted(run.checkpoints.glob("step_*.ckpt"), key=lambda p: int(p.stem.split("_")[1]))
-        for old in ordered[:-keep]:
+        # One from later than this step is damaged, or of a future that did not happen: it does not count.
+        past = [path for path in checkpoints(run.checkpoints) if step_of(path) <= trainer.global_step]
+        for old in past[keep:]:
             trainer.strategy.remove_checkpoint(old)

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lightning_base.checkpoint import VerifiedCheckpointIO
+from lightning_base.checkpoint import VerifiedCheckpointIO, checkpoints
 from lightning_base.claims.studies import Arm, Number, Studies, difference, final, final_loss, last, loss_at, mean
 from lightning_base.claims.verdict import Rows, plain, signed
 from lightning_base.report.read import Run
@@ -234,8 +234,8 @@ def openness(studies: Studies) -> Rows:
 
 def centroids(run: Run) -> Tensor:
     """The centroids of the first sparse layer at the end, [E, D]."""
-    newest = max((run.path / "checkpoints").glob("step_*.ckpt"), key=lambda path: int(path.stem.split("_")[1]))
-    state = VerifiedCheckpointIO().load_checkpoint(newest, weights_only=True)["state_dict"]
+    newest = checkpoints(run.path / "checkpoints")[0]
+    state = VerifiedCheckpointIO().load_checkpoint(newest)["state_dict"]
     found: Tensor = next(value for name, value in state.items() if name.endswith("router.centroids"))
     return found.double()
 

@@ -5,6 +5,7 @@ Shapes: B sequences, L positions, D width, T tokens that are not padding.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from jaxtyping import Bool, Float, Int64
@@ -145,6 +146,10 @@ class SparseLayer(nn.Module):
         return RoutingGroups(sizes, tuple(per_sequence))
 
 
+def _dispatch_held(plan: RoutingPlan, held: range) -> Dispatch:
+    return Dispatcher(plan.of_experts(held))
+
+
 @contextmanager
 def without_exchange(model: nn.Module) -> Iterator[None]:
     """Inside, a rank can run ``model`` by itself: experts of other ranks add nothing to its tokens."""
@@ -152,7 +157,7 @@ def without_exchange(model: nn.Module) -> Iterator[None]:
     before = [layer._dispatcher for layer in sharded]
     try:
         for layer in sharded:
-            layer._dispatcher = lambda plan, held=layer.experts.held: Dispatcher(plan.of_experts(held))
+            layer._dispatcher = partial(_dispatch_held, held=layer.experts.held)
         yield
     finally:
         for layer, dispatcher in zip(sharded, before, strict=True):
