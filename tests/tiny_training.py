@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 import pytorch_lightning as pl
@@ -12,6 +13,8 @@ from pytorch_lightning.strategies import DDPStrategy, Strategy
 from router_arms import FOLDER
 from torch import Tensor
 
+from lightning_base.checkpoint import VerifiedCheckpointIO
+from lightning_base.data.loader import TrainingLoader
 from lightning_base.module import IGNORED, LanguageModel
 
 VOCABULARY, LENGTH, WIDTH, SEQUENCES, GROUP = 48, 8, 16, 8, 2
@@ -86,14 +89,16 @@ def micro_batches(
 
 def fit(
     module: LanguageModel,
-    batches: list[dict[str, Any]],
+    batches: list[dict[str, Any]] | TrainingLoader,
     *callbacks: pl.Callback,
     accumulation: int = 1,
     world_size: int = 1,
     strategy: Strategy | None = None,
     gradient_clip_val: float | None = None,
+    resume: Path | None = None,
 ) -> None:
     """Trains on the batches of this rank; with several ranks, inside the process group they have joined."""
+    loader = Batches(batches) if isinstance(batches, list) else batches
     ddp = DDPStrategy(process_group_backend="gloo") if world_size > 1 else "auto"
     pl.Trainer(
         accelerator="cpu",
@@ -111,7 +116,8 @@ def fit(
         enable_progress_bar=False,
         use_distributed_sampler=False,
         limit_val_batches=0,
-    ).fit(module, Batches(batches), Batches(batches))
+        plugins=[VerifiedCheckpointIO()],
+    ).fit(module, loader, Batches([]), ckpt_path=resume, weights_only=True)
 
 
 class Batches:

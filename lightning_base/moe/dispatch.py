@@ -5,7 +5,7 @@ that arrive on this one.
 """
 
 from dataclasses import replace
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int64
@@ -16,6 +16,7 @@ from lightning_base.moe.rows import combine_rows, rows_by_token, take_rows
 from lightning_base.routing.plan import RoutingPlan
 
 
+@runtime_checkable
 class Dispatch(Protocol):
     """What a sparse layer needs to carry out one RoutingPlan.
 

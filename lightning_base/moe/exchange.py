@@ -4,7 +4,7 @@ Shapes: P ranks of the group, N and M rows, D width, C counts.
 """
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.distributed as dist
@@ -12,6 +12,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 
+@runtime_checkable
 class Meter(Protocol):
     """Whoever wants to know what is sent: told of every message right before it is sent and right after it arrived."""
 
