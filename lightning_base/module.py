@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from lightning_base.auxiliary_losses import StepCounts, auxiliary_losses, step_counts
 from lightning_base.checkpoint import PARAMETER_NAMES
-from lightning_base.gradients import clip_gradients, gradient_norm
+from lightning_base.gradients import clip_gradients, gradient_norm, local
 from lightning_base.instantiation import instantiate
 from lightning_base.metrics.language_model import LanguageModelLoss
 from lightning_base.model import Transformer, initialize
@@ -348,10 +348,12 @@ class LanguageModel(pl.LightningModule):
             module.register_forward_hook(lambda _m, _i, output, name=name: watch(name, output))
             for name, module in places.items()
         ]
+        # This rank may be the only one that is here: it cannot gather slices, nor ask for experts.
+        sliced = any(local(parameter) is not parameter for parameter in self.model.parameters())
         try:
-            # This rank may be the only one that is here.
-            with torch.no_grad(), without_exchange(self.model):
-                self.model(batch["input_ids"], batch["valid"])
+            if not sliced:
+                with torch.no_grad(), without_exchange(self.model):
+                    self.model(batch["input_ids"], batch["valid"])
         except ValueError:
             pass  # a solver stopped at NaN scores: the hooks have seen where they began, or it is the router itself
         finally:
@@ -359,12 +361,14 @@ class LanguageModel(pl.LightningModule):
                 hook.remove()
         if cause is not None and not broken:
             bad = [
-                name for name, parameter in self.model.named_parameters() if not bool(torch.isfinite(parameter).all())
+                n for n, parameter in self.model.named_parameters() if not bool(torch.isfinite(local(parameter)).all())
             ]
             if not bad:
                 return
             broken = [bad[0].removeprefix("blocks.")]
         where = f"first in {broken[0]}" if broken else "in the loss itself, with every layer finite"
+        if not broken and self.held_with:
+            where = "in a layer that this rank cannot look for, because others hold parts of its parameters"
         raise NonFiniteError(self._not_finite("The loss", where), broken[0] if broken else None) from cause
 
     def _not_finite(self, what: str, where: str) -> str:

@@ -1,10 +1,11 @@
 """Training that is saved in one layout of ranks and goes on in another: what each rank holds before and after.
 
-Called in one process, or run on several by torchrun: ``python moving.py FOLDER SAVES LOADS``. SAVES are layouts of this
-number of ranks, to save in and to load in; LOADS are those whose checkpoints are loaded. Both are joined by |.
+``python moving.py FOLDER SAVES LOADS``, alone or on several ranks by torchrun. SAVES are layouts of this number of ranks,
+to save in and to load in; LOADS are those whose checkpoints are loaded. Both are joined by |.
 """
 
 import logging
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -125,7 +126,7 @@ def all_of(ranks: list[dict[str, Any]], layout: str, moment: str) -> dict[str, A
     return {**found[0], "tensors": {**tensors, **found[0]["buffers"]}}
 
 
-def run(folder: Path, saves: list[str], loads: list[str], rank: int = 0) -> dict[Any, Any]:
+def run(folder: Path, saves: list[str], loads: list[str], rank: int) -> dict[Any, Any]:
     """Saves in some layouts, then loads in each of them every checkpoint asked for."""
     found: dict[Any, Any] = {layout: train(folder, layout, rank, save=True) for layout in saves}
     found |= {(source, target): train(folder, target, rank, resume=source) for source in loads for target in saves}
@@ -136,8 +137,10 @@ if __name__ == "__main__":
     warnings.filterwarnings("ignore")
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo")
-    rank, place = torch.distributed.get_rank(), Path(sys.argv[1])
-    result = run(place, *(names.split("|") for names in sys.argv[2:]), rank=rank)
-    torch.save(result, place / f"{torch.distributed.get_world_size()}_{rank}.pt")
-    leave()
+    ranks, rank, place = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0)), Path(sys.argv[1])
+    if ranks > 1:
+        torch.distributed.init_process_group("gloo")
+    saves, loads = ([name for name in names.split("|") if name] for names in sys.argv[2:])
+    torch.save(run(place, saves, loads, rank), place / f"{ranks}_{rank}.pt")
+    if ranks > 1:
+        leave()

@@ -28,12 +28,16 @@ CLIP = 0.3  # below the norm of every step
 
 @dataclass(frozen=True)
 class Layout:
-    """How the work of a step is spread; ``expert_group`` and ``shared`` are those of ExpertParallelStrategy."""
+    """How the work of a step is spread; ``expert_group`` and ``shared`` are those of ExpertParallelStrategy.
+
+    ``recomputed`` is activation checkpointing.
+    """
 
     ranks: int = 1
     accumulation: int = 1
     expert_group: int | None = None
     shared: str = "ddp"
+    recomputed: bool = False
 
     def strategy(self) -> Strategy | None:
         if self.expert_group is None:
@@ -50,7 +54,8 @@ LAYOUTS = {
     "2 ranks, expert_parallel": Layout(2, expert_group=2),
     "2 ranks, fsdp": Layout(2, expert_group=1, shared="fsdp"),
     "2 ranks, expert_parallel with fsdp": Layout(2, expert_group=2, shared="fsdp"),
-    "2 ranks, expert_parallel, accumulation": Layout(2, 2, expert_group=2),
+    "2 ranks, expert_parallel, accumulation, recomputed": Layout(2, 2, expert_group=2, recomputed=True),
+    "2 ranks, expert_parallel with fsdp, recomputed": Layout(2, expert_group=2, shared="fsdp", recomputed=True),
     "4 ranks, expert_parallel 2 x 2": Layout(4, expert_group=2),
     "4 ranks, expert_parallel 2 x 2 with fsdp": Layout(4, expert_group=2, shared="fsdp"),
     "4 ranks, expert_parallel": Layout(4, expert_group=4),
@@ -110,7 +115,7 @@ def train(router: str, layout: Layout, rank: int = 0) -> dict[str, Any]:
 
     A loss is averaged over the routing groups of a pass, and passes then count alike: with one, no group may be empty.
     """
-    module = language_model(router, max_steps=STEPS, depth=4).double()
+    module = language_model(router, max_steps=STEPS, depth=4, activation_checkpointing=layout.recomputed).double()
     for layer in module.model.sparse_layers.values():
         layer.router.prepare(torch.arange(1, VOCABULARY + 1))
     # W2 starts at zero; then W1 has no gradient in the first step.

@@ -14,7 +14,7 @@ SHORT_ROUTERS = ("base", "gshard", "dense")
 SHORT_LAYOUTS = (
     "accumulation",
     "2 ranks, fsdp",
-    "2 ranks, expert_parallel, accumulation",
+    "2 ranks, expert_parallel, accumulation, recomputed",
     "4 ranks, expert_parallel 2 x 2",
 )
 ALONE = "one rank"
