@@ -20,15 +20,16 @@ def gradient_norm(parameters: Iterable[nn.Parameter], held_with: Mapping[nn.Para
     for parameter in parameters:
         if parameter.grad is not None:
             by_group.setdefault(held_with.get(parameter), []).append(local(parameter.grad))
-    whole = torch.nn.utils.get_total_norm(by_group.pop(None, []))
-    if not by_group:
-        return whole
-    square = whole.double() ** 2
-    for group, gradients in by_group.items():
-        part = torch.nn.utils.get_total_norm(gradients).double() ** 2
-        dist.all_reduce(part, group=group)
-        square = square.to(part.device) + part
-    return square.sqrt().to(whole.dtype)
+    norms = {group: torch.nn.utils.get_total_norm(gradients) for group, gradients in by_group.items()}
+    if norms.keys() <= {None}:
+        return norms.get(None, torch.zeros(()))
+    squares = []
+    for group, norm in norms.items():
+        square = norm.double() ** 2
+        if group is not None:
+            dist.all_reduce(square, group=group)
+        squares.append(square)
+    return torch.stack(squares).sum().sqrt().to(next(iter(norms.values())).dtype)
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float, norm: Tensor) -> None:

@@ -14,6 +14,9 @@ from lightning_base.routing.plan import RoutingGroups, RoutingPlan, count_by_gro
 from lightning_base.routing.router import Router
 from lightning_base.routing.selection import check_renormalize, full_precision, select_top_k
 
+# What is closer than this is a tie: many times the rounding of float32, and no difference between experts.
+GRID = 2.0**-20
+
 
 class BIP(Router):
     """Each token goes to the k experts of its largest s - q, weighted by s, the softmax of its logits.
@@ -66,7 +69,9 @@ class BIP(Router):
                 detached_TE, groups, prices_GE, self.top_k, self.iterations
             )
             aux["group_prices"] = prices_GE
-        ranking_TE = detached_TE - prices_GE[groups.index(tokens.device)]
+        # The token whose score became a price is tied between two experts. Rounded, it is so on every machine and in
+        # every layout of ranks, where the last digits of its score would decide otherwise.
+        ranking_TE = ((detached_TE - prices_GE[groups.index(tokens.device)]) / GRID).round()
         chosen = select_top_k(ranking_TE, gates_TE, self.top_k, self.renormalize)
         return RoutingPlan(
             token_index=chosen.token_index,

@@ -1,6 +1,6 @@
 """Training that is saved in one layout of ranks and goes on in another: what each rank holds before and after.
 
-``python moving.py FOLDER SAVES LOADS``, alone or on several ranks by torchrun. SAVES are layouts of this number of ranks,
+``python moving.py FOLDER SAVES LOADS``, alone or on several ranks by torchrun. SAVES are layouts of as many ranks,
 to save in and to load in; LOADS are those whose checkpoints are loaded. Both are joined by |.
 """
 
