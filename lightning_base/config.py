@@ -180,6 +180,7 @@ class Config:
     strategy: StrategyConfig
     trainer: TrainerConfig
     logger: LoggerConfig
+    resume: str = "auto"
 
     def __post_init__(self) -> None:
         path = self.name in ("", ".", "..") or "/" in self.name
