@@ -77,6 +77,11 @@ analysis: setup  ## RUN=runs/compare/router=base: what the experts of a finished
 	@$(if $(RUN),,echo "error: say which: make analysis RUN=runs/compare/router=base" && exit 2)
 	@$(BIN)/python experiments/analysis.py "$(RUN)" $(ARGS)
 
+.PHONY: export
+export: setup  ## RUN=runs/compare/router=base,seed=1: its newest checkpoint as export/model.safetensors with a JSON beside it
+	@$(if $(RUN),,echo "error: say which: make export RUN=runs/compare/router=base,seed=1" && exit 2)
+	@$(BIN)/python experiments/export.py "$(RUN)" $(ARGS)
+
 .PHONY: tensorboard
 tensorboard: setup  ## Shows all runs at http://localhost:6006
 	@echo "arms side by side: http://localhost:6006/#custom_scalars; their options and results: http://localhost:6006/#hparams"
