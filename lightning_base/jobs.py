@@ -13,7 +13,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from lightning_base.config import Config, check_devices, check_loggers, read_config
+from lightning_base.config import Config, check_devices, check_loggers, fit_schedule, read_config
 from lightning_base.data import Corpus, prepare_for_run
 from lightning_base.distributed.forked import ForkedRank
 from lightning_base.distributed.launch import PREEMPTED, command, launch
@@ -51,6 +51,8 @@ def job(composed: DictConfig) -> str:
     prepared = prepare_data(config)
     if first_node:
         write_job(run, plain, list(hydra_config.overrides.task), prepared)
+        for sentence in fit_schedule(config)[1]:
+            say(sentence)
         say(f"running {shown(run.path)}")
     else:
         wait_for_config(run, plain, config.strategy.timeout_seconds)
