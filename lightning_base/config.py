@@ -12,6 +12,7 @@ from typing import Any, Literal
 from lightning_base.instantiation import ConfigError, check_arguments, instantiate
 from lightning_base.model import sparse_positions
 from lightning_base.moe.experts import Activation
+from lightning_base.plugins import declare
 from lightning_base.routing.router import Router
 from lightning_base.trainer_arguments import check_trainer_argument
 
@@ -180,6 +181,7 @@ class Config:
     strategy: StrategyConfig
     trainer: TrainerConfig
     logger: LoggerConfig
+    plugins: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         path = self.name in ("", ".", "..") or "/" in self.name
@@ -200,6 +202,7 @@ def read_config(node: Mapping[str, Any]) -> Config:
         ConfigError: one sentence about the first mistake.
     """
     config = _build(Config, node, "")
+    declare(config.plugins)
     try:
         _check_across(config)
     except ConfigError:

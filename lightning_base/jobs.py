@@ -192,7 +192,8 @@ def differing_keys(a: Any, b: Any, prefix: str = "") -> list[str]:
     if isinstance(a, dict) and isinstance(b, dict):
         keys = sorted(set(a) | set(b), key=str)
         return [found for key in keys for found in differing_keys(a.get(key), b.get(key), f"{prefix}{key}.")]
-    return [] if a == b else [prefix.rstrip(".")]
+    # An option that is younger than the run and not used is no difference.
+    return [] if a == b or (a is None and b == []) else [prefix.rstrip(".")]
 
 
 def node_rank(config: Config) -> int:
