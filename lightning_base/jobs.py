@@ -14,7 +14,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from lightning_base.claim import InUseError, claimed, in_use, is_here_and_alive, read_owner
-from lightning_base.config import Config, check_devices, check_loggers, read_config
+from lightning_base.config import Config, check_devices, check_loggers, fit_schedule, read_config
 from lightning_base.data import Corpus, prepare_for_run
 from lightning_base.distributed.forked import ForkedRank
 from lightning_base.distributed.launch import PREEMPTED, command, launch
@@ -68,6 +68,8 @@ def job(composed: DictConfig) -> str:
             if config.resume == NEVER and not is_requeued():
                 start_over(run)
             write_job(run, plain, list(hydra_config.overrides.task), prepared)
+            for sentence in fit_schedule(config)[1]:
+                say(sentence)
             say(f"running {shown(run.path)}")
             return run_tree(run, config, own_process=own_process)
     except InUseError as error:
@@ -215,7 +217,8 @@ def differing_keys(a: Any, b: Any, prefix: str = "") -> list[str]:
     if isinstance(a, dict) and isinstance(b, dict):
         keys = sorted(set(a) | set(b), key=str)
         return [found for key in keys for found in differing_keys(a.get(key), b.get(key), f"{prefix}{key}.")]
-    return [] if a == b else [prefix.rstrip(".")]
+    # An option that is younger than the run and not used is no difference.
+    return [] if a == b or (a is None and b == []) else [prefix.rstrip(".")]
 
 
 def node_rank(config: Config) -> int:

@@ -42,7 +42,7 @@ from lightning_base.callbacks.step_profile import StepProfile
 from lightning_base.callbacks.step_time import StepTime
 from lightning_base.callbacks.tensorboard import Arrangement, Board
 from lightning_base.claim import as_rank
-from lightning_base.config import Config, check_devices, read_config
+from lightning_base.config import Config, check_devices, fit_schedule, read_config
 from lightning_base.data import Corpus, TextDataModule
 from lightning_base.disk import full_disk
 from lightning_base.distributed.launch import PREEMPTED, die_with_parent
@@ -165,7 +165,7 @@ def build_data(config: Config, prepared: str | None = None) -> TextDataModule:
 
 def build_module(config: Config) -> LanguageModel:
     """The model and its optimizer, with its initial weights."""
-    optimizer = asdict(config.module)
+    optimizer = asdict(fit_schedule(config)[0])
     start = optimizer.pop("initial_weights")
     module = LanguageModel(
         router=config.router,

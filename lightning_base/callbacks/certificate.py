@@ -11,6 +11,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 
+from lightning_base import plugins
 from lightning_base.callbacks.flops import count_flops
 from lightning_base.callbacks.tensorboard import card, tensorboard_writer
 from lightning_base.model import shared_parameters, weights_fingerprint
@@ -96,6 +97,7 @@ class Certificate(pl.Callback):
             "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
             "python": platform.python_version(),
             "git_commit": git_commit(),
+            "plugin": plugins.certificate(self.config["router"]["_target_"]),
             "world_size": trainer.world_size,
             "device": device_name(pl_module.device),
             "corpus": prepared.statistics,
