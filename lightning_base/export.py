@@ -83,11 +83,12 @@ def export(path: Path, checkpoint: Path | None = None, target: Path | None = Non
     return target
 
 
-def load(folder: Path) -> LanguageModel:
+def load(folder: Path, plugins: Sequence[str] = ()) -> LanguageModel:
     """The model of an export, in evaluation mode; ``model(batch)`` gives logits and plans.
 
     Args:
         folder: with ``model.safetensors`` and ``model.json``.
+        plugins: packages that the router may be of; those that the files name are not imported.
 
     Raises:
         ExportError: they are not there, not what was written, or do not fit each other.
@@ -99,7 +100,7 @@ def load(folder: Path) -> LanguageModel:
         described = json.loads((folder / DESCRIPTION).read_text())
         if hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest() != described["sha256"]:
             raise ExportError(f"{folder / WEIGHTS} is not what was written: its SHA-256 is not that of {DESCRIPTION}")
-        module = build(described["config"])
+        module = build({**described["config"], "plugins": list(plugins)})
         # Assigned, so that the weights keep their precision.
         module.load_state_dict(load_file(folder / WEIGHTS), assign=True)
     except ConfigError as error:
@@ -131,7 +132,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         target = export(options.run, options.checkpoint, options.output)
-        load(target)
+        load(target, read_config(yaml.safe_load(RunDirectory(options.run).config.read_text())).plugins)
     except ExportError as error:
         print(f"error: {error}", file=sys.stderr)
         return BAD_INPUT

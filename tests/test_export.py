@@ -49,6 +49,19 @@ def test_an_older_checkpoint_can_be_named(run: Path, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out" / "model.json").read_text())["step"] == 2
 
 
+def test_reading_an_export_imports_no_package_that_it_names(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "hostile_plugin.py").write_text(f"open({str(tmp_path / 'it_ran')!r}, 'w')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    folder = export(run, target=tmp_path / "out")
+    described = json.loads((folder / "model.json").read_text())
+    described["config"]["plugins"] = ["hostile_plugin"]
+    (folder / "model.json").write_text(json.dumps(described))
+    load(folder)
+    assert not (tmp_path / "it_ran").exists()
+
+
 def test_what_cannot_be_exported_or_read_back_is_said_in_one_line(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
