@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_base.checkpoint import CheckpointError, checkpoints, load, step_of, sweep_temporaries, verify
+from lightning_base.checkpoint import CheckpointError, checkpoints, load, sweep_temporaries, verify
 from lightning_base.claim import CLAIM, RANKS
 from lightning_base.instantiation import ConfigError
 from lightning_base.run_directory import RunDirectory
@@ -31,18 +31,16 @@ class Start:
     """Where a run begins.
 
     Attributes:
-        checkpoint: what to load; None begins at step 0.
+        checkpoint: what to load; None begins anew.
+        step: the optimizer steps done there.
         logs: how long the files of the run's log were when it was saved; what they have gained since is cut.
         passed_over: newer checkpoints that could not be used.
     """
 
     checkpoint: Path | None = None
+    step: int | None = None
     logs: dict[str, int] | None = None
     passed_over: tuple[PassedOver, ...] = ()
-
-    @property
-    def step(self) -> int | None:
-        return None if self.checkpoint is None else step_of(self.checkpoint)
 
 
 def find_start(run: RunDirectory, resume: str, module: nn.Module) -> Start:
@@ -68,7 +66,7 @@ def find_start(run: RunDirectory, resume: str, module: nn.Module) -> Start:
             except CheckpointError as error:
                 reason = str(error)
             else:
-                return Start(path, {} if path in given else state["logs"], tuple(passed))
+                return Start(path, state["global_step"], {} if path in given else state["logs"], tuple(passed))
         passed.append(PassedOver(str(path), reason))
     if passed:
         raise ConfigError(no_checkpoint_left(run, passed))
