@@ -1,4 +1,4 @@
-"""The program behind ``experiments/train.py``: Hydra in front, exit codes behind."""
+"""The program ``train``: Hydra in front, exit codes behind."""
 
 import os
 import sys
@@ -19,7 +19,7 @@ from lightning_base.plugins import store_routers
 from lightning_base.run_directory import RunDirectory
 from lightning_base.sweep import CheckSweep, job_name
 
-CONF = Path(__file__).resolve().parent.parent / "conf"
+CONF = Path(__file__).parent / "conf"
 
 OmegaConf.register_new_resolver("job_name", job_name, replace=True)
 
