@@ -2,13 +2,7 @@
 
 import sys
 
-
-def main() -> int:
-    """Imports late, so that this file can be read without loading torch."""
-    from lightning_base.export import main
-
-    return main()
-
+from lightning_base.commands import run
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run("export"))

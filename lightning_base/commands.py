@@ -12,6 +12,7 @@ PROGRAMS = {
     "train": ("program", "trains one arm, or a sweep of arms: train experiment=compare seed=1,2,3"),
     "report": ("report.write", "tables and figures of what has run: report runs/compare"),
     "analysis": ("analysis.command", "what the experts of a finished run have learnt: analysis runs/compare/JOB"),
+    "export": ("export", "the model of a run as model.safetensors with a JSON beside it: export runs/compare/JOB"),
     "benchmark": ("benchmark.command", "measures layer, step, harness, start, data and solver: benchmark all --quick"),
 }
 

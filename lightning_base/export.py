@@ -125,7 +125,7 @@ class Parser(argparse.ArgumentParser):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Reads the command line; gives the exit code."""
-    parser = Parser(prog="export.py", description=__doc__)
+    parser = Parser(prog="export", description="A trained model as two plain files.")
     parser.add_argument("run", type=Path, help="the directory of one run, e.g. runs/compare/router=base,seed=1")
     parser.add_argument("--checkpoint", type=Path, help="a checkpoint; the newest of the run by default")
     parser.add_argument("--output", type=Path, help="the folder to write into; export/ in the run by default")
