@@ -9,10 +9,11 @@ SEEDS ?= 1,2,3
 FORM ?= quick
 # Arms are compared seed by seed; an experiment that lists seeds of its own, or ARGS with some, is left as it is.
 seeds = $(if $(or $(findstring seed=,$(ARGS)),$(shell grep -sl '^ *seed:' conf/experiment/$(EXPERIMENT).yaml)),,seed=$(SEEDS))
-# What docs/claims.md is made from, in the order in which one needs another.
-CLAIMS := compare gate router_scale router_learning_rate learning_rate router_norm num_experts placement expert_size \
-	group_size solver paper final_plan replay_final length english
-ABLATIONS := $(filter-out final_plan,$(patsubst conf/experiment/%.yaml,%,$(wildcard conf/experiment/*.yaml)))
+# What the claims of docs/claims.md are judged by, and what it explains BASE's place with, in the order in which one
+# experiment needs another.
+CLAIMS := compare paper placement expert_size solver group_size english
+REASONS := epochs gate router_scale router_learning_rate learning_rate router_norm num_experts final_plan replay_final length
+ABLATIONS := $(filter-out $(CLAIMS) $(REASONS),$(patsubst conf/experiment/%.yaml,%,$(wildcard conf/experiment/*.yaml)))
 
 .DEFAULT_GOAL := help
 
@@ -61,7 +62,7 @@ ablation:  ## NAME=name: the same as experiment, for an ablation
 
 .PHONY: ablations
 ablations: setup-dev  ## All experiments, one after the other; those that are done are skipped
-	@for name in $(CLAIMS) $(filter-out $(CLAIMS),$(ABLATIONS)); do $(MAKE) --no-print-directory experiment EXPERIMENT=$$name || exit; done
+	@for name in $(CLAIMS) $(REASONS) $(ABLATIONS); do $(MAKE) --no-print-directory experiment EXPERIMENT=$$name || exit; done
 
 .PHONY: claims
 claims: setup-dev  ## Runs what the paper's claims are judged by, goes on where it was, and fills docs/claims.md
@@ -76,6 +77,11 @@ report: setup  ## EXPERIMENT=name: writes and names the report of what has run
 analysis: setup  ## RUN=runs/compare/router=base: what the experts of a finished run have learnt
 	@$(if $(RUN),,echo "error: say which: make analysis RUN=runs/compare/router=base" && exit 2)
 	@$(BIN)/python experiments/analysis.py "$(RUN)" $(ARGS)
+
+.PHONY: export
+export: setup  ## RUN=runs/compare/router=base,seed=1: its newest checkpoint as export/model.safetensors with a JSON beside it
+	@$(if $(RUN),,echo "error: say which: make export RUN=runs/compare/router=base,seed=1" && exit 2)
+	@$(BIN)/python experiments/export.py "$(RUN)" $(ARGS)
 
 .PHONY: tensorboard
 tensorboard: setup  ## Shows all runs at http://localhost:6006

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from lightning_base.instantiation import ConfigError, check_arguments, instantiate
 from lightning_base.model import sparse_positions
 from lightning_base.moe.experts import Activation
+from lightning_base.plugins import declare
 from lightning_base.routing.router import Router
 from lightning_base.trainer_arguments import check_trainer_argument
 
@@ -67,8 +68,8 @@ class ModuleConfig:
     def __post_init__(self) -> None:
         positive = 0 < self.learning_rate < math.inf
         require(positive, "module.learning_rate", self.learning_rate, "give a number above 0")
-        final = 0 <= self.final_learning_rate <= self.learning_rate
-        require(final, "module.final_learning_rate", self.final_learning_rate, "between 0 and module.learning_rate")
+        final = 0 <= self.final_learning_rate < math.inf
+        require(final, "module.final_learning_rate", self.final_learning_rate, "give 0 or more")
         require(self.warmup_steps >= 0, "module.warmup_steps", self.warmup_steps, "give 0 or more")
         for key in ("router_learning_rate_factor", "router_init_scale"):
             require(0 < getattr(self, key) < math.inf, f"module.{key}", getattr(self, key), "give a number above 0")
@@ -184,6 +185,8 @@ class Config:
     strategy: StrategyConfig
     trainer: TrainerConfig
     logger: LoggerConfig
+    resume: str = "auto"
+    plugins: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         path = self.name in ("", ".", "..") or "/" in self.name
@@ -211,6 +214,7 @@ def read_config(node: Mapping[str, Any]) -> Config:
         ConfigError: one sentence about the first mistake.
     """
     config = _build(Config, node, "")
+    declare(config.plugins)
     try:
         _check_across(config)
     except ConfigError:
@@ -285,11 +289,28 @@ def _check_across(config: Config) -> None:
         problem = verify(Path(start))
         if problem is not None:
             raise ConfigError(f"module.initial_weights={start}: {problem}; give a checkpoint that a run has left")
-    if config.module.warmup_steps > trainer.max_steps:
-        raise ConfigError(
-            f"module.warmup_steps={config.module.warmup_steps} exceeds trainer.max_steps={trainer.max_steps}: "
-            "warm up for fewer steps or train for more"
+
+
+def fit_schedule(config: Config) -> tuple[ModuleConfig, list[str]]:
+    """The schedule cut to the run where another key leaves it no room, and a sentence for each cut.
+
+    A first try with ``trainer.max_steps=4`` or a low rate should not fail on a default that nobody thought of.
+    """
+    module, steps = config.module, config.trainer.max_steps
+    cut: dict[str, float] = {}
+    sentences = []
+    if module.warmup_steps > steps:
+        cut["warmup_steps"] = steps // 8
+        sentences.append(
+            f"module.warmup_steps={module.warmup_steps} exceeds trainer.max_steps={steps}: warming up for {steps // 8}"
         )
+    if module.final_learning_rate > module.learning_rate:
+        cut["final_learning_rate"] = module.learning_rate / 10
+        sentences.append(
+            f"module.final_learning_rate={module.final_learning_rate:g} exceeds module.learning_rate="
+            f"{module.learning_rate:g}: ending at {module.learning_rate / 10:g}"
+        )
+    return dataclasses.replace(module, **cut), sentences  # type: ignore[arg-type]
 
 
 def _check_strategy(config: Config, router: Router) -> None:

@@ -183,19 +183,6 @@ class LanguageModel(pl.LightningModule):
         self.last_checkpoint, self.unproven_checkpoint = self.unproven_checkpoint or self.last_checkpoint, None
         return loss
 
-    def on_train_batch_end(self, outputs: object, batch: Mapping[str, Tensor], batch_idx: int) -> None:
-        if (batch_idx + 1) % self.trainer.accumulate_grad_batches:
-            return
-        sums, self._step_sums = self._step_sums, {}
-        if not self._is_logged(self.global_step):
-            return
-        # Sums over micro batches, then over ranks: the loss of the global batch.
-        reduced = sum_over_ranks(sums, self._reduce)
-        # An explicit step counts the steps done; Lightning's own is one behind in training and not in validation.
-        values: dict[str, Any] = {f"train/{name}": value for name, value in reduced.items() if name != "loss"}
-        self.log("train/loss", reduced["loss"])
-        self.log_dict({**values, "train/learning_rate": self._learning_rate(), "step": float(self.global_step)})
-
     def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
         logits, _ = self(batch)
         targets = batch["targets"].flatten()
@@ -267,10 +254,29 @@ class LanguageModel(pl.LightningModule):
         if not bool(torch.isfinite(norm)) and self.trainer.precision != "16-mixed":
             # Before the weights take it up and are saved; with 16-mixed the scaler skips such a step by itself.
             raise NonFiniteError(self._not_finite("The gradient", "in the backward pass, with a finite loss"))
-        if self._is_logged(self.global_step + 1):
-            self.log("train/gradient_norm", norm)
+        self._log_step(norm)
         if gradient_clip_val is not None:
             clip_gradients(self.parameters(), gradient_clip_val, norm)
+
+    def _log_step(self, gradient_norm: Tensor) -> None:
+        """Logs the step in progress.
+
+        Written here and not by Lightning, whose rows come after the callbacks of the step: a checkpoint is saved by one
+        of these, and has to come after all rows of its step, or a kill between the two would lose some.
+        """
+        step, sums = self.global_step + 1, self._step_sums
+        self._step_sums = {}
+        if not self._is_logged(step):
+            return
+        # Sums over micro batches, then over ranks: the loss of the global batch.
+        reduced = sum_over_ranks(sums, self._reduce)
+        self.log("train/loss", reduced["loss"], logger=False)
+        if step % self.trainer.log_every_n_steps:  # type: ignore[attr-defined]
+            return
+        values = {f"train/{name}": float(value) for name, value in reduced.items()}
+        values |= {"train/gradient_norm": float(gradient_norm), "train/learning_rate": self._learning_rate(step)}
+        for logger in self.trainer.loggers:
+            logger.log_metrics(values, step)
 
     def _is_logged(self, step: int) -> bool:
         """Whether anybody looks at a step: loggers write every n; a bar wants the first, an evaluation the last.
@@ -299,9 +305,9 @@ class LanguageModel(pl.LightningModule):
         left = 1 - done if options["schedule"] == "linear" else (1 + math.cos(math.pi * done)) / 2
         return final + (1 - final) * left
 
-    def _learning_rate(self) -> float:
-        """The rate of the step just taken: the scheduler has already moved on to the next."""
-        return float(self.optimizer_options["learning_rate"]) * self._learning_rate_factor(self.global_step - 1)
+    def _learning_rate(self, step: int) -> float:
+        """The rate of a step; the first is 1."""
+        return float(self.optimizer_options["learning_rate"]) * self._learning_rate_factor(step - 1)
 
     def _count_step(self, plans: Mapping[str, RoutingPlan], batch: Mapping[str, Any]) -> StepCounts:
         """Counts over the whole optimizer step for losses that need them, when its first micro batch is at hand.

@@ -1,4 +1,4 @@
-"""The program behind ``experiments/train.py``: Hydra in front, exit codes behind."""
+"""The program ``train``: Hydra in front, exit codes behind."""
 
 import os
 import sys
@@ -15,10 +15,11 @@ from lightning_base.distributed.launch import PREEMPTED
 from lightning_base.explain import BAD_INPUT, explain
 from lightning_base.instantiation import ConfigError
 from lightning_base.jobs import ENDED_HERE, STARTED, job, say, shown
+from lightning_base.plugins import store_routers
 from lightning_base.run_directory import RunDirectory
 from lightning_base.sweep import CheckSweep, job_name
 
-CONF = Path(__file__).resolve().parent.parent / "conf"
+CONF = Path(__file__).parent / "conf"
 
 OmegaConf.register_new_resolver("job_name", job_name, replace=True)
 
@@ -40,6 +41,7 @@ def main() -> None:
     CheckSweep.expected = sweep
     STARTED.clear()
     try:
+        store_routers(sys.argv[1:], [file.stem for file in (CONF / "router").glob("*.yaml")])
         with ExitStack() as CheckSweep.display:
             task()
         if mistakes:

@@ -41,14 +41,21 @@ from lightning_base.callbacks.saving import PeriodicCheckpoint, PreemptedError, 
 from lightning_base.callbacks.step_profile import StepProfile
 from lightning_base.callbacks.step_time import StepTime
 from lightning_base.callbacks.tensorboard import Arrangement, Board
-from lightning_base.config import Config, check_devices, read_config
+from lightning_base.claim import as_rank
+from lightning_base.config import Config, check_devices, fit_schedule, read_config
 from lightning_base.data import Corpus, TextDataModule
+from lightning_base.disk import full_disk
 from lightning_base.distributed.expert_parallel import ExpertParallelStrategy
 from lightning_base.distributed.launch import PREEMPTED, die_with_parent
 from lightning_base.instantiation import ConfigError, instantiate
 from lightning_base.loggers import finish_loggers, offline_loggers
 from lightning_base.module import LanguageModel
+from lightning_base.resume import begin, find_start
 from lightning_base.run_directory import RunDirectory, write_json
+
+
+class DiskFullError(Exception):
+    """There is no room for what a run writes; one sentence says what is safe, and how to go on."""
 
 
 @dataclass(frozen=True)
@@ -63,19 +70,21 @@ class Result:
 def run(config: Config, directory: Path) -> Result:
     """Trains and evaluates one arm as one rank of a process tree, or the only one.
 
-    Picks up from the newest whole checkpoint in ``directory``, if there is one. Leaves ``status.json`` at ``running``:
-    whoever launched the tree knows whether all of it ended well.
+    Picks up from the newest checkpoint in ``directory`` that can be loaded, if there is one. Leaves ``status.json`` at
+    ``running``: whoever launched the tree knows whether all of it ended well.
     """
     job = RunDirectory(directory)
     plain = yaml.safe_load(job.config.read_text())
     seed_everything(config.seed)
     torch.set_num_threads(threads_per_rank(config))
-    resume = checkpoint.newest(job.checkpoints)
-    resumed_step = checkpoint.step_of(resume) if resume else None
 
     data = build_data(config, job.prepared_corpus())
     module = build_module(config)
-    module.last_checkpoint = str(resume) if resume else None
+    start = find_start(job, config.resume, module)
+    resumed_step = start.step
+    if rank_of_this_process() == 0:
+        begin(job, start)
+    module.last_checkpoint = str(start.checkpoint) if start.checkpoint else None
     every = config.trainer.log_every_n_steps
     clock, fingerprint = TrainingClock(every), BatchFingerprint()
     load = ExpertLoadLogger(directory / "expert_load.csv", every, resumed_step)
@@ -101,11 +110,14 @@ def run(config: Config, directory: Path) -> Result:
         callbacks.append(LearntByHeart())
     # Last, so that a checkpoint holds what the others have counted up to this step.
     keep = config.trainer.keep_checkpoints
-    callbacks += [PeriodicCheckpoint(job, config.trainer.checkpoint_every_n_steps, keep), Preemption(job, keep)]
+    saving = PeriodicCheckpoint(job, config.trainer.checkpoint_every_n_steps, keep)
+    callbacks += [saving, Preemption(job, keep)]
     trainer = build_trainer(config, directory, loggers, callbacks)
 
     try:
-        trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
+        trainer.fit(module, datamodule=data, ckpt_path=start.checkpoint, weights_only=True)
+        if saving.validation_is_due(trainer):  # after the last step
+            trainer.validate(module, datamodule=data, verbose=False)
     except PreemptedError:
         return Result("preempted", directory, {})
     metrics: dict[str, float] = {}
@@ -154,7 +166,7 @@ def build_data(config: Config, prepared: str | None = None) -> TextDataModule:
 
 def build_module(config: Config) -> LanguageModel:
     """The model and its optimizer, with its initial weights."""
-    optimizer = asdict(config.module)
+    optimizer = asdict(fit_schedule(config)[0])
     start = optimizer.pop("initial_weights")
     module = LanguageModel(
         router=config.router,
@@ -293,20 +305,33 @@ def main(directory: Path) -> int:
     quiet()
     keep_freed_memory()
     job = RunDirectory(directory)
-    rank = int(os.environ.get("RANK", 0))
+    rank = rank_of_this_process()
     try:
         config = read_config(yaml.safe_load(job.config.read_text()))
-        result = run(config, directory)
+        with as_rank(directory):
+            result = run(config, directory)
     except BaseException as error:
+        job.release_room()
+        if full_disk(error):
+            said = DiskFullError(f"{full_disk(error)}; {checkpoint.what_is_safe(job.checkpoints)}")
+            write_failure(job, rank, said.with_traceback(error.__traceback__))
+            raise said from error
         write_failure(job, rank, error)
         if isinstance(error, ConfigError):
             return 2
         raise
     finally:
         finish_loggers()
+    if rank == 0:
+        job.release_room()
     if result.state == "preempted" and rank == 0:
         job.write_status("preempted")
     return PREEMPTED if result.state == "preempted" else 0
+
+
+def rank_of_this_process() -> int:
+    """As torchrun has numbered it, before there is a process group."""
+    return int(os.environ.get("RANK", 0))
 
 
 def write_failure(job: RunDirectory, rank: int, error: BaseException) -> None:

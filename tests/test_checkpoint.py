@@ -10,8 +10,11 @@ import resource
 from pathlib import Path
 from typing import Any
 
+import forks
 import pytest
 import torch
+import torch.distributed as dist
+from tiny_training import leave
 from torch import nn
 
 from lightning_base.checkpoint import (
@@ -221,3 +224,30 @@ def test_a_save_without_room_says_so_names_what_is_safe_and_leaves_nothing_behin
     assert isinstance(failed.value.__cause__, OSError)
     assert failed.value.__cause__.errno == errno.EFBIG
     assert [path.name for path in tmp_path.iterdir()] == ["step_1.ckpt"]
+
+
+def save_on_two_ranks(rank: int, folder: str) -> None:
+    """Each rank writes its experts; then the second one finds no room for its own."""
+    path = Path(folder)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    torch.set_num_threads(1)
+    whole = trained()
+    files = list(sharded(whole, [0, 3, 6]).items())
+    mine = dict([files[0], files[1]] if rank == 0 else [files[2]])
+    write(path / "step_2.ckpt", mine, world_size=2)
+    dist.barrier()
+    assert verify(path / "step_2.ckpt") is None
+    assert_equal(load(path / "step_2.ckpt"), whole)
+    if rank == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+    with pytest.raises(CheckpointError) as failed:
+        write(path / "step_4.ckpt", mine, world_size=2)
+    assert "step_4.ckpt cannot be written on rank 1: the limit for the size of a file is reached" in str(failed.value)
+    assert f"{path}/step_2.ckpt is whole" in str(failed.value)
+    dist.barrier()
+    assert sorted(each.name for each in path.glob("*step*")) == ["step_2.ckpt"]
+    leave()
+
+
+def test_ranks_write_a_checkpoint_together_and_fail_together(tmp_path: Path) -> None:
+    forks.call_on_two_ranks(save_on_two_ranks, str(tmp_path))

@@ -11,12 +11,13 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-import torch.distributed as dist
 
+from lightning_base import plugins
 from lightning_base.callbacks.flops import count_flops
 from lightning_base.callbacks.tensorboard import card, tensorboard_writer
 from lightning_base.model import shared_parameters, weights_fingerprint
 from lightning_base.module import LanguageModel
+from lightning_base.reduction import over_ranks, rank
 from lightning_base.run_directory import RunDirectory
 
 PACKAGES = ("torch", "pytorch-lightning", "hydra-core", "omegaconf", "torchmetrics", "numpy", "numba", "tokenizers")
@@ -49,11 +50,7 @@ class BatchFingerprint(pl.Callback):
 
     def combined(self) -> tuple[str, int]:
         """The fingerprint and the number of sequences over all ranks; every rank has to ask."""
-        parts: list[tuple[int, int]] = [(self.total, self.sequences)]
-        if dist.is_available() and dist.is_initialized():
-            gathered: list[Any] = [None] * dist.get_world_size()
-            dist.all_gather_object(gathered, (self.total, self.sequences))
-            parts = gathered
+        parts = over_ranks((self.total, self.sequences))
         total = sum(part[0] for part in parts) % self.MODULUS
         return f"{total:032x}", sum(part[1] for part in parts)
 
@@ -63,9 +60,8 @@ class BatchFingerprint(pl.Callback):
         return {"fingerprint": fingerprint, "sequences": sequences}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        first = not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
-        self.total = int(state_dict["fingerprint"], 16) if first else 0
-        self.sequences = int(state_dict["sequences"]) if first else 0
+        self.total = 0 if rank() else int(state_dict["fingerprint"], 16)
+        self.sequences = 0 if rank() else int(state_dict["sequences"])
 
 
 class Certificate(pl.Callback):
@@ -76,6 +72,8 @@ class Certificate(pl.Callback):
 
     def __init__(self, run: RunDirectory, config: dict[str, Any]) -> None:
         self.run, self.config = run, config
+        # How the steps were computed, and from which one on: a run may go on with another number of ranks.
+        self.layouts: list[dict[str, Any]] = []
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         # Before a checkpoint is restored: a resumed run starts from the same initial weights.
@@ -101,6 +99,7 @@ class Certificate(pl.Callback):
             "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
             "python": platform.python_version(),
             "git_commit": git_commit(),
+            "plugin": plugins.certificate(self.config["router"]["_target_"]),
             "world_size": trainer.world_size,
             "device": device_name(pl_module.device),
             "corpus": prepared.statistics,
@@ -113,6 +112,25 @@ class Certificate(pl.Callback):
             cards = {"ledger": manifest.pop("ledger"), "configuration": manifest.pop("config"), "certificate": manifest}
             for tag, values in cards.items():
                 writer.add_text(tag, card(values))
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        layout = {
+            "world_size": trainer.world_size,
+            "strategy": self.config["strategy"]["name"],
+            "accumulation": trainer.accumulate_grad_batches,
+        }
+        before = {**self.layouts[-1]} if self.layouts else {}
+        before.pop("from_step", None)
+        if layout != before:
+            self.layouts.append({"from_step": trainer.global_step, **layout})
+        if trainer.is_global_zero:
+            self.run.write_manifest(layouts=self.layouts)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"layouts": self.layouts}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.layouts = list(state_dict["layouts"])
 
     def _ledger(self, trainer: pl.Trainer, pl_module: LanguageModel) -> dict[str, Any]:
         model = pl_module.model

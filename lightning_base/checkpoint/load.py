@@ -21,7 +21,9 @@ def expert_part(experts: range) -> str:
     return f"experts_{experts.start}-{experts.stop}.pt"
 
 
-def load(path: Path, names: Collection[str] = (), experts: range | None = None) -> dict[str, Any]:
+def load(
+    path: Path, names: Collection[str] = (), experts: range | None = None, *, mapped: bool = False
+) -> dict[str, Any]:
     """Lightning's checkpoint as one process would have saved it, or with some of the experts alone.
 
     Files are mapped, so that of experts nothing but what is asked for is read into memory.
@@ -30,6 +32,7 @@ def load(path: Path, names: Collection[str] = (), experts: range | None = None) 
         path: the checkpoint, which is not verified here.
         names: of the parameters, in the state dict, whose first dimension is the expert. Needed with ``experts``.
         experts: which of them to keep, of parameters and of what the optimizer knows of them; None keeps all.
+        mapped: for a look only: nothing is copied, and what an optimizer would keep still hangs on the file.
 
     Raises:
         CheckpointError: it cannot be read, or its parts do not belong together.
@@ -40,8 +43,7 @@ def load(path: Path, names: Collection[str] = (), experts: range | None = None) 
         _insert_experts(state, sorted(parts, key=lambda part: part["experts"][0]), experts)
         if experts is not None:
             _keep_rows(state, set(names) - {name for part in parts for name in part["parameters"]}, experts)
-        # What an optimizer is given it keeps: not a mapped file, which may be replaced.
-        for optimizer in state.get("optimizer_states", []):
+        for optimizer in [] if mapped else state.get("optimizer_states", []):
             for moments in optimizer["state"].values():
                 moments.update({k: v.clone() for k, v in moments.items() if isinstance(v, torch.Tensor)})
     except CheckpointError:

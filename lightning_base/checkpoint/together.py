@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch.distributed as dist
 from lightning_fabric.plugins import CheckpointIO
 from lightning_fabric.utilities.types import _PATH
 from pytorch_lightning.strategies import Strategy
@@ -22,6 +21,7 @@ from lightning_base.checkpoint.files import (
 )
 from lightning_base.checkpoint.load import load
 from lightning_base.disk import full_disk
+from lightning_base.reduction import over_ranks, rank, world_size
 
 T = TypeVar("T")
 
@@ -69,7 +69,7 @@ class SavesTogether(Strategy):
         parts = self.expert_parts(checkpoint)
         if self.is_global_zero:
             parts[STATE] = checkpoint
-        write(Path(filepath), parts, world_size=_world_size(), strategy=type(self).__name__)
+        write(Path(filepath), parts, world_size=world_size(), strategy=type(self).__name__)
 
 
 def write(target: Path, parts: Mapping[str, Any], **facts: Any) -> None:
@@ -83,7 +83,7 @@ def write(target: Path, parts: Mapping[str, Any], **facts: Any) -> None:
     Raises:
         CheckpointError: a part cannot be written, on whichever rank; what was in ``target`` is as it was.
     """
-    first = _rank() == 0
+    first = rank() == 0
     what = f"the checkpoint {target} cannot be written"
     temporary = None
     try:
@@ -110,20 +110,9 @@ def on_all_ranks(action: Callable[[], T], what: str) -> list[T]:
     except Exception as error:
         cause = error
         problem = f"{full_disk(error) or f'{type(error).__name__}: {error}'}"
-    outcomes: list[Any] = [(value, problem)]
-    if _world_size() > 1:
-        outcomes = [None] * _world_size()
-        dist.all_gather_object(outcomes, (value, problem))
-    for rank, (_, said) in enumerate(outcomes):
+    outcomes: list[Any] = over_ranks((value, problem))
+    for which, (_, said) in enumerate(outcomes):
         if said:
-            where = f" on rank {rank}" if _world_size() > 1 else ""
+            where = f" on rank {which}" if len(outcomes) > 1 else ""
             raise CheckpointError(f"{what}{where}: {said}") from cause
     return [found for found, _ in outcomes]
-
-
-def _rank() -> int:
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-
-
-def _world_size() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1

@@ -16,6 +16,7 @@ from lightning_base.report.measures import (
     unigram_entropy,
 )
 from lightning_base.report.quiet import machine_noise
+from lightning_base.report.read import Run
 from lightning_base.report.statistics import Interval, holm, paired
 
 # Of arms beyond noise, as usual; after Holm's correction.
@@ -139,6 +140,7 @@ def cautions(comparison: Comparison, labels: Sequence[str]) -> Iterator[str]:
             excess = 100 * (max(costs) / min(costs) - 1)
             yield f"Unequal {words}: {', '.join(values)}; the largest is {excess:.1f} % above the smallest."
     yield from speed_cautions(comparison, labels)
+    yield from damaged_checkpoints(comparison, labels)
     entropy = mean(arms[0], unigram_entropy)
     above = [label for label, arm in named_arms if (gap := mean(arm, under_unigram)) is not None and gap <= 0]
     if above and entropy is not None:
@@ -165,6 +167,14 @@ def speed_cautions(comparison: Comparison, labels: Sequence[str]) -> Iterator[st
             for label, way in zip(labels, ways, strict=True)
         ]
         yield f"Speeds are not comparable, the arms did not run in the same way: {'; '.join(values)}."
+    moved = [
+        f"{label}, seed {run.seed} ({layouts_of(run)})"
+        for label, arm in zip(labels, comparison.arms, strict=True)
+        for run in arm.runs
+        if len(run.manifest.get("layouts") or []) > 1
+    ]
+    if moved:
+        yield f"Went on with other ranks or another accumulation, so that its speed is of several: {'; '.join(moved)}."
     found = [
         f"{label} ({noise.slower:.2f} times as long, quartiles {100 * noise.spread:.0f} % of it apart)"
         for label, noise in zip(labels, machine_noise(comparison.arms), strict=True)
@@ -175,6 +185,24 @@ def speed_cautions(comparison: Comparison, labels: Sequence[str]) -> Iterator[st
             "The machine was not quiet. A fixed piece of work, timed between steps, took longer or was less even than "
             f"beside the quietest arm with {listed(found)}."
         )
+
+
+def layouts_of(run: Run) -> str:
+    """In which layouts the steps of a run were computed."""
+    return ", ".join(
+        f"from step {layout['from_step']} {layout['strategy']} with {layout['world_size']} rank"
+        f"{'s' * (layout['world_size'] != 1)} and accumulation {layout['accumulation']}"
+        for layout in run.manifest["layouts"]
+    )
+
+
+def damaged_checkpoints(comparison: Comparison, labels: Sequence[str]) -> Iterator[str]:
+    """The checkpoints that a run could not go on from when it was started again."""
+    for label, arm in zip(labels, comparison.arms, strict=True):
+        for run in arm.runs:
+            passed = [each["reason"] for resume in run.manifest.get("resumes") or [] for each in resume["passed_over"]]
+            if passed:
+                yield f"{label}, seed {run.seed}, went on from an older checkpoint: {'; '.join(dict.fromkeys(passed))}."
 
 
 def balance_sentence(comparison: Comparison, labels: Sequence[str]) -> str:

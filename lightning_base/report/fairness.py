@@ -12,6 +12,7 @@ from typing import Any
 
 from lightning_base.report.flat import flatten
 from lightning_base.report.read import Run
+from lightning_base.run_directory import EXECUTION, under
 
 # The router's own side of the configuration: what a comparison is about.
 ROUTER = (
@@ -24,21 +25,12 @@ ROUTER = (
 NAMING = (
     "name",
     "runs_dir",
+    "resume",
     "data.cache_dir",
     "trainer.progress_bar",
     "trainer.record_plans",
     "trainer.keep_checkpoints",
     "logger",
-)
-# How the same numbers are computed: by how many processes and threads, in which portions. Only speed depends on it.
-EXECUTION = (
-    "trainer.devices",
-    "trainer.num_nodes",
-    "trainer.accelerator",
-    "trainer.accumulate_grad_batches",
-    "trainer.threads",
-    "data.num_workers",
-    "strategy",
 )
 BY_SEED = ("batch_fingerprint", "initial_weights_fingerprint")
 THREADS = re.compile(r", \d+ threads?$")
@@ -149,6 +141,8 @@ def shared_setting(run: Run) -> dict[str, Any]:
     found = {name: manifest[name] for name in ("corpus_fingerprint", "steps", "sequences", "tokens")}
     found |= {"git_commit": manifest.get("git_commit"), "python": manifest.get("python")}
     found["device"] = THREADS.sub("", manifest["device"])
+    # Trained from there on, whatever the configuration says of the time before.
+    found |= {"started_from": manifest["started_from"]} if manifest.get("started_from") else {}
     found |= {f"packages.{name}": version for name, version in manifest["packages"].items()}
     return found | {
         key: value
@@ -208,10 +202,6 @@ def unequal(arms: Sequence[Arm], name: str, tolerance: float = 0.01) -> bool:
     """Whether a cost of the ledger differs between arms by more than a share of the smallest."""
     costs = [float(arm.first.ledger[name]) for arm in arms]
     return max(costs) > (1 + tolerance) * min(costs)
-
-
-def under(key: str, names: tuple[str, ...]) -> bool:
-    return any(key == name or key.startswith(f"{name}.") for name in names)
 
 
 def _key(found: dict[str, Any]) -> str:

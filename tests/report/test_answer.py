@@ -131,3 +131,20 @@ def test_a_single_shared_seed_is_not_ranked_beside_arms_with_several(tmp_path: P
         "3 paired seeds), the validation loss is lower with Switch (−0.7000 ± 0.6572). "
         "Not ranked, with one seed in common: TopK."
     )
+
+
+def test_a_run_that_went_on_elsewhere_or_from_an_older_checkpoint_is_named(tmp_path: Path) -> None:
+    write_run(tmp_path / "a", "BASE", 5.0)
+    moved = [
+        {"from_step": 0, "world_size": 2, "strategy": "ddp", "accumulation": 1},
+        {"from_step": 3, "world_size": 1, "strategy": "single", "accumulation": 2},
+    ]
+    passed = {"checkpoint": "step_4.ckpt", "reason": "the checkpoint step_4.ckpt is damaged: state.pt is missing"}
+    resumes = [{"step": 3, "checkpoint": "step_3.ckpt", "time": 0.0, "passed_over": [passed]}]
+    write_run(tmp_path / "b", "Switch", 4.5, manifest={"layouts": moved, "resumes": resumes})
+    (section,) = build(tmp_path).sections
+    assert section.cautions == [
+        "Went on with other ranks or another accumulation, so that its speed is of several: Switch, seed 1 "
+        "(from step 0 ddp with 2 ranks and accumulation 1, from step 3 single with 1 rank and accumulation 2).",
+        "Switch, seed 1, went on from an older checkpoint: the checkpoint step_4.ckpt is damaged: state.pt is missing.",
+    ]
