@@ -434,8 +434,8 @@ FAULTS = [
     Fault(
         "the clip norm leaves out the experts of other ranks",
         "gradients.py",
-        "        dist.all_reduce(part, group=group)\n",
-        "",
+        "            dist.all_reduce(square, group=group)\n",
+        "            pass\n",
         "distributed/test_parity.py",
     ),
     Fault(
