@@ -20,6 +20,7 @@ ROUTER = (
     "module.loss_coefficients",
     "module.router_init_scale",
     "module.router_learning_rate_factor",
+    "model.shuffle_tokens",
 )
 # Names and places; they change nothing that is computed.
 NAMING = (
