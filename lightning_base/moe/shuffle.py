@@ -150,8 +150,9 @@ class Deal:
         borders: Sequence[int] = (),
     ) -> None:
         self._exchange = exchange
+        self._arriving: tuple[Tensor, Tensor] | None = None
         if exchange is None:
-            self._leaving, self._arriving = (source_T.to(device), place_T.to(device)), (None, None)
+            self._leaving = source_T.to(device), place_T.to(device)
             return
         ends = torch.tensor(borders[1:])
         from_T, to_T = (torch.searchsorted(ends, number_T, right=True) for number_T in (source_T, place_T))
@@ -164,16 +165,17 @@ class Deal:
     def shuffle(self, rows: Shaped[Tensor, "T *rest"]) -> Shaped[Tensor, "T *rest"]:
         """Rows of the tokens of this rank, to the rows of those that are to stand in its places."""
         rows = permute(rows, *self._leaving)
-        if self._exchange is not None:
-            rows = self._exchange.rows(rows, self._send, self._receive, "shuffle")
-        return permute(rows, *reversed(self._arriving))
+        if self._exchange is None or self._arriving is None:
+            return rows
+        order, back = self._arriving
+        return permute(self._exchange.rows(rows, self._send, self._receive, "shuffle"), back, order)
 
     def unshuffle(self, rows: Shaped[Tensor, "T *rest"]) -> Shaped[Tensor, "T *rest"]:
         """The inverse of ``shuffle``."""
-        rows = permute(rows, *self._arriving)
-        if self._exchange is not None:
-            rows = self._exchange.rows(rows, self._receive, self._send, "unshuffle")
-        return permute(rows, *reversed(self._leaving))
+        if self._exchange is not None and self._arriving is not None:
+            rows = self._exchange.rows(permute(rows, *self._arriving), self._receive, self._send, "unshuffle")
+        order, back = self._leaving
+        return permute(rows, back, order)
 
 
 def check_shuffle(
@@ -186,8 +188,8 @@ def check_shuffle(
     """
     if router.needs_sequences:
         raise ValueError(
-            f"model.shuffle_tokens={among} with a balancing loss of {type(router).__name__} over single sequences: after "
-            "the shuffle a routing group holds no whole sequence; balance over groups or the whole step instead"
+            f"model.shuffle_tokens={among} with a balancing loss of {type(router).__name__} over single sequences: "
+            "after the shuffle a routing group holds no whole sequence; balance over groups or the whole step instead"
         )
     at_once = global_batch // accumulation
     if among is True and accumulation > 1:
@@ -198,6 +200,6 @@ def check_shuffle(
         )
     if among is not True and (among % routing_group or at_once % among):
         raise ValueError(
-            f"model.shuffle_tokens={among} has to be a multiple of data.routing_group={routing_group} and to divide the "
-            f"{at_once} sequences that are computed at once (data.global_batch / trainer.accumulate_grad_batches)"
+            f"model.shuffle_tokens={among} has to be a multiple of data.routing_group={routing_group} and to divide "
+            f"the {at_once} sequences that are computed at once (data.global_batch / trainer.accumulate_grad_batches)"
         )
