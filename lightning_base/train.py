@@ -27,6 +27,7 @@ from lightning_base.callbacks.assignment import AssignmentMonitor
 from lightning_base.callbacks.causality import CausalityMonitor, DropByPosition
 from lightning_base.callbacks.certificate import BatchFingerprint, Certificate
 from lightning_base.callbacks.clock import TrainingClock
+from lightning_base.callbacks.communication import Communication
 from lightning_base.callbacks.compute_balance import ComputeBalance
 from lightning_base.callbacks.expert_load import ExpertLoadLogger
 from lightning_base.callbacks.hparams import show_result
@@ -95,7 +96,8 @@ def run(config: Config, directory: Path) -> Result:
     balance = ComputeBalance(directory / "compute_balance.csv", every, resumed_step)
     causality, gap = CausalityMonitor(), RoutingGap()
     # The step is taken apart next to the clock, so that the work of the other callbacks is in neither.
-    callbacks: list[pl.Callback] = [clock, StepTime(every, clock), fingerprint, load, Certificate(job, plain)]
+    callbacks: list[pl.Callback] = [clock, StepTime(every, clock), Communication(job, every, resumed_step)]
+    callbacks += [fingerprint, load, Certificate(job, plain)]
     callbacks += [MachineMonitor(every, clock), AssignmentMonitor(every), balance, causality, gap, RoutingChange()]
     callbacks.append(DropByPosition(directory / "drop_by_position.csv", every, resumed_step))
     callbacks += [Alarms(job, every), Arrangement()]

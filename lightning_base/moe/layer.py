@@ -116,13 +116,17 @@ class SparseLayer(nn.Module):
         where = None if valid is None else valid.flatten().nonzero().squeeze(1)
         tokens_TD = flat_TD if where is None else flat_TD[where]
         ids_T = ids_T if where is None else ids_T[where]
+        watch = self.stopwatch
+        if watch is not None:
+            watch.start()
         deal = None if self.shuffle is None else self.shuffle.deal(groups, hidden.device)
         if deal is not None:
             tokens_TD = deal.shuffle(tokens_TD)
             ids_T = deal.shuffle(ids_T) if self.router.needs_token_ids else ids_T
+            if watch is not None:
+                watch.lap("dispatch")
 
         seen_TD = F.layer_norm(tokens_TD, tokens_TD.shape[-1:]) if self.router_norm else tokens_TD
-        watch = self.stopwatch
         if watch is not None:
             watch.start()
         plan = self.router(seen_TD, ids_T, groups)
@@ -140,10 +144,10 @@ class SparseLayer(nn.Module):
         if watch is not None:
             watch.lap("experts")
         added_TD = dispatcher.combine(outputs_AD).to(flat_TD.dtype)
-        if watch is not None:
-            watch.lap("combine")
         if deal is not None:
             added_TD = deal.unshuffle(added_TD)
+        if watch is not None:
+            watch.lap("combine")
         if where is not None:
             added_TD = torch.zeros_like(flat_TD).index_copy(0, where, added_TD)
         result_TD = flat_TD + added_TD if self.residual else added_TD
