@@ -120,6 +120,11 @@ def drop_rate(run: Run) -> float | None:
     return run.manifest["assignments_dropped"] / asked if asked else None
 
 
+def thousand(read: Reader) -> Reader:
+    """A number in thousandths of its unit."""
+    return lambda run: None if (value := read(run)) is None else 1000 * value
+
+
 def number(digits: int) -> Form:
     return lambda value: f"{value:.{digits}f}" if math.isfinite(value) else str(value)
 
@@ -204,4 +209,15 @@ COMPUTE = (
     Measure("idle, over experts", "evaluation", last("final_pass/idle_fraction_experts/mean"), percent),
     Measure("idle time, over processes", "measured", steady("train_time/idle_fraction"), percent),
 )
-ALL: Sequence[Measure] = (*FULL, *ROUTED[1:], *LEAK, *TIME, *COMPUTE)
+SENT, EXCHANGE = "bytes of a sparse layer, a step and a process", "time of the exchange"
+COMMUNICATION = (
+    Measure("sent", SENT, steady("communication/bytes/mean"), short_count),
+    Measure("busiest process", SENT, steady("communication/busiest_rank/max"), number(3)),
+    Measure("largest message", SENT, steady("communication/largest_message/max"), short_count),
+    Measure("uneven dispatch", SENT, steady("communication/uneven_dispatch/max"), number(3)),
+    Measure("ms a layer", EXCHANGE, thousand(steady("communication/seconds/mean")), number(2)),
+    Measure("ms for the slowest", EXCHANGE, thousand(steady("communication/waiting/mean")), number(2)),
+    Measure("share of the step", EXCHANGE, steady("communication/share"), percent),
+    Measure("gradients", "computed", field("communication", "gradient_bytes_computed"), short_count),
+)
+ALL: Sequence[Measure] = (*FULL, *ROUTED[1:], *LEAK, *TIME, *COMPUTE, *COMMUNICATION)

@@ -11,6 +11,7 @@ from lightning_base.report.curves import COSTS, budget, loss_at, reached_by_all,
 from lightning_base.report.fairness import Comparison, stage_of
 from lightning_base.report.marks import NOT_QUIET, OTHER_COST, costs_more, marked, sign
 from lightning_base.report.measures import (
+    COMMUNICATION,
     COMPUTE,
     DASH,
     FULL,
@@ -35,7 +36,7 @@ from lightning_base.report.measures import (
 )
 from lightning_base.report.quiet import machine_noise
 from lightning_base.report.statistics import interval
-from lightning_base.report.words import COMPUTE_LEAD, CONTRAST_LEAD, GAP_LEAD, LEAK_LEAD, TIME_LEAD
+from lightning_base.report.words import COMMUNICATION_LEAD, COMPUTE_LEAD, CONTRAST_LEAD, GAP_LEAD, LEAK_LEAD, TIME_LEAD
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,7 @@ def tables(comparison: Comparison, labels: Sequence[str]) -> list[Table]:
         gap_table(comparison, labels),
         measure_table("Does routing look ahead?", LEAK, comparison, labels, LEAK_LEAD),
         measure_table("Where does the time of a step go?", TIME, comparison, labels, TIME_LEAD, ("step_time",)),
+        measure_table("What does sending tokens cost?", COMMUNICATION, comparison, labels, COMMUNICATION_LEAD),
         alarm_table(comparison, labels),
     ]
     return [table for table in found if table.rows]
