@@ -62,16 +62,16 @@ WORDS = {
     "backward and optimizer": "the rest of the step",
     "idle, over processes": "1 - mean/max over processes of the tokens their experts compute",
     "idle, over experts": "1 - mean/max over experts, as if each had a process of its own",
-    "sent": "bytes that a process sends to others for one sparse layer in one optimizer step, forward and backward, mean "
-    "over processes and layers",
+    "sent": "bytes that a process sends to others for one sparse layer in one optimizer step, forward and backward, "
+    "mean over processes and layers",
     "busiest process": "the most that one process sends or receives over that mean; 1 if all do the same; worst layer",
     "largest message": "bytes from one process to another at once; worst layer",
     "uneven dispatch": "the largest message with tokens for experts over the mean one; 1 for equal loads; worst layer",
     "ms a layer": "from when a process is ready to when all has arrived, summed over the messages of a layer in a step",
     "ms for the slowest": "of these, waiting until the slowest process is ready too",
     "share of the step": "the time of the exchange, all layers, over the time of the step",
-    "gradients": "bytes that a process sends to reduce gradients in a step: computed from the sizes of the parameters, for "
-    "a ring, and not measured",
+    "gradients": "bytes that a process sends to reduce gradients in a step: computed from the sizes of the parameters, "
+    "for a ring, and not measured",
     "batched padding": "share of padding if every expert got as many rows as the fullest one",
     "empty slots": "share of empty slots in buffers of the experts' capacity",
     "idle time, over processes": "1 - mean/max over processes of the seconds spent in experts",
