@@ -13,6 +13,9 @@ FIGURES = {
     "feed_forward_flops": "feed-forward FLOPs",
     "optimizer_share": "optimizer's share",
     "dropped": "dropped",
+    "exchange": "exchange / step",
+    "sent_megabytes": "MB sent a layer and step",
+    "messages": "peers",
     "megabytes": "MB",
 }
 Row = list[str]

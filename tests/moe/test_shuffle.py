@@ -3,6 +3,7 @@
 Shapes: B sequences, L positions, D width, T tokens.
 """
 
+import re
 from pathlib import Path
 
 import forks
@@ -15,7 +16,7 @@ from tiny_training import leave
 from lightning_base.moe.exchange import Exchange
 from lightning_base.moe.experts import Experts
 from lightning_base.moe.layer import SparseLayer
-from lightning_base.moe.shuffle import Deal, Shuffle
+from lightning_base.moe.shuffle import Deal, Shuffle, check_shuffle
 from lightning_base.routing.noise import permutation
 from lightning_base.routing.plan import RoutingGroups
 
@@ -123,6 +124,25 @@ def test_a_pass_that_is_no_whole_number_of_parts_is_refused() -> None:
         a_shuffle(6).deal(groups_of([5] * 8))
     with pytest.raises(ValueError, match="shuffle_tokens=3 is no multiple of"):
         Shuffle(GROUP, 3)
+
+
+@pytest.mark.parametrize(
+    ("router", "options", "among", "accumulation", "sentence"),
+    [
+        ("switch", {"balance_scope": "sequence"}, True, 1, "a balancing loss of Switch over single sequences"),
+        ("loss_free", {"sequence_loss": True}, 4, 1, "a balancing loss of LossFree over single sequences"),
+        ("base", {}, True, 2, "shuffle among the sequences of one, model.shuffle_tokens=8, or among fewer"),
+        ("base", {}, 6, 1, "model.shuffle_tokens=6 has to be a multiple of data.routing_group=4 and to divide the 16"),
+        ("base", {}, 16, 2, "model.shuffle_tokens=16 has to be a multiple of data.routing_group=4 and to divide the 8"),
+    ],
+)
+def test_what_cannot_be_shuffled_is_refused(
+    router: str, options: dict, among: bool | int, accumulation: int, sentence: str
+) -> None:
+    given = {"routing_group": 4, "global_batch": 16, "accumulation": accumulation}
+    check_shuffle(8 if accumulation == 2 else True, build_router("base"), **given)
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        check_shuffle(among, build_router(router, **options), **given)
 
 
 # Between two processes
