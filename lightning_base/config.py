@@ -12,8 +12,8 @@ from typing import Any, Literal
 from lightning_base.instantiation import ConfigError, check_arguments, instantiate
 from lightning_base.model import sparse_positions
 from lightning_base.moe.experts import Activation
-from lightning_base.plugins import declare
 from lightning_base.moe.shuffle import check_shuffle
+from lightning_base.plugins import declare
 from lightning_base.routing.router import Router
 from lightning_base.trainer_arguments import check_trainer_argument
 

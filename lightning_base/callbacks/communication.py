@@ -118,7 +118,7 @@ class Communication(pl.Callback):
         if trainer.world_size > 1:
             computed = round(gradient_bytes(pl_module, trainer.world_size))
             self.run.write_manifest(communication={"gradient_bytes_computed": computed})
-        if any(exchanges(layer) for layer in pl_module.model.sparse_layers.values()):
+        if self.path.exists() or any(exchanges(layer) for layer in pl_module.model.sparse_layers.values()):
             start_csv(self.path, COLUMNS, self.resumed_step)
 
     def on_train_batch_start(

@@ -62,8 +62,8 @@ def arms() -> dict[str, tuple[str, dict[str, Any]]]:
         more = {option: True for option in parameters if option.endswith("_loss")}
         scopes = [{"balance_scope": scope} for scope in get_args(Scope)] if "balance_scope" in parameters else [{}]
         found.update({"/".join([name, *scope.values()]): (name, {**more, **scope}) for scope in scopes})
-    # Passes that are computed ahead, and those that are computed again, deal the same tokens to the same groups.
-    found["switch/step/shuffled"] = ("switch", {"balance_scope": "step", "shuffle_tokens": SEQUENCES // 2})
+    # What is computed again deals the same tokens to the same groups, on which this loss depends.
+    found["switch/group/shuffled"] = ("switch", {"balance_scope": "group", "shuffle_tokens": SEQUENCES // 2})
     return found
 
 
