@@ -19,7 +19,6 @@ from jaxtyping import Int64
 from numpy import ndarray
 
 from lightning_base.benchmark.record import Form, Record, ratio_record
-from lightning_base.benchmark.start import PROGRAM
 from lightning_base.benchmark.volumes import metered, recorded_counts, volume
 from lightning_base.run_directory import RunDirectory
 
@@ -35,7 +34,7 @@ def records(form: Form, compiled: bool) -> list[Record]:
     """Real runs in turns, one thread per rank; then the volumes of a run with one expert per rank."""
     rounds, steps = (3, 40) if form == "full" else (1, 20)
     more = ("module.compile=true",) if compiled else ()
-    return [*measured(rounds, steps, ("base", "switch") if form == "full" else ("base",), more), *on_paper(2 * steps)]
+    return [*measured(rounds, steps, ("base", "switch") if form == "full" else ("base",), more), *on_paper(steps)]
 
 
 def measured(rounds: int, steps: int, routers: tuple[str, ...], overrides: tuple[str, ...] = ()) -> Iterator[Record]:
@@ -81,8 +80,8 @@ def on_paper(steps: int) -> Iterator[Record]:
 
     Assumed: each rank holds one routing group of 1,024 tokens; rank r of an expert group routes as the r-th of the
     run's last groups did, from the start again where there are fewer; up to 64 ranks share the experts, and more are
-    copies of these; weights, gradients and moments of AdamW are float32, and held whole but for the experts. Some ranks
-    of a fake world carry out their plans, and have to send what was computed.
+    copies of these; weights, gradients and moments of AdamW are float32, and held whole but for the experts; gradients
+    are reduced in a ring. Some ranks of a fake world carry out their plans, and have to send what was computed.
 
     Raises:
         RuntimeError: they do not.
@@ -112,6 +111,8 @@ def paper_records(manifest: dict[str, Any], counts_GE: Int64[ndarray, "G E"], ra
             )
     total, experts = ledger["parameters"], ledger["parameters"] - ledger["active_parameters"]
     experts = experts * ledger["num_experts"] // (ledger["num_experts"] - ledger["top_k"])
+    copies = ranks // group
+    reduced = 2 * 4 * ((total - experts) * (ranks - 1) / ranks + experts // group * (copies - 1) / copies)
     memory = [BYTES_PER_PARAMETER * (total - experts + experts // share) for share in (group, 1)]
     setting = f"on paper: model=small, {EXPERTS} experts, 1024 tokens a rank, up to {GROUP} ranks share experts"
 
@@ -126,6 +127,7 @@ def paper_records(manifest: dict[str, Any], counts_GE: Int64[ndarray, "G E"], ra
         memory[0] / memory[1],
         sent_megabytes=round(found.sent.mean() / 1e6, 3),
         messages=group - 1,
+        gradient_megabytes=round(reduced / 1e6, 2),
         megabytes=round(memory[0] / 1e6, 1),
     )
 
@@ -139,7 +141,8 @@ def train(arguments: list[str], steps: int, folder: Path) -> list[Path]:
     given = ["name=scaling", f"runs_dir={folder}", f"trainer.max_steps={steps}", "trainer.progress_bar=false"]
     given += [f"trainer.{what}_every_n_steps={steps}" for what in ("validate", "checkpoint")]
     given += ["data.validation_sequences=16", f"module.warmup_steps={min(20, steps)}"]
-    done = subprocess.run([sys.executable, str(PROGRAM), "-m", *arguments, *given], capture_output=True, text=True)
+    program = [sys.executable, "-m", "lightning_base", "train", "-m"]
+    done = subprocess.run([*program, *arguments, *given], capture_output=True, text=True)
     runs = sorted(path.parent for path in (folder / "scaling").glob("*/manifest.json"))
     if done.returncode or any(RunDirectory(run).status()["state"] != "done" for run in runs):
         raise RuntimeError(f"{' '.join(done.args)} failed:\n{done.stdout}\n{done.stderr}")

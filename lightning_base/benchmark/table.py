@@ -16,6 +16,7 @@ FIGURES = {
     "exchange": "exchange / step",
     "sent_megabytes": "MB sent a layer and step",
     "messages": "peers",
+    "gradient_megabytes": "MB of gradients",
     "megabytes": "MB",
 }
 Row = list[str]
