@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 
 from lightning_base.callbacks.expert_load import ExpertLoad
 from lightning_base.distributed.expert_parallel import ExpertParallelStrategy
+from lightning_base.gradients import gradient_norm
 from lightning_base.module import LanguageModel
 
 STEPS = 3
@@ -74,7 +75,8 @@ class Record(pl.Callback):
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: LanguageModel, optimizer: Any) -> None:
         gradients = {n: p.grad for n, p in pl_module.named_parameters() if p.grad is not None}
-        self.steps.append({"gradients": held(pl_module, gradients)})
+        norm = float(gradient_norm(pl_module.parameters(), pl_module.held_with))
+        self.steps.append({"gradients": held(pl_module, gradients), "norm": norm})
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: LanguageModel, outputs: Any, batch: Any, batch_idx: int
@@ -90,7 +92,6 @@ class Record(pl.Callback):
         metrics = load.compute()
         self.steps[-1] |= {
             "loss": self._loss,
-            "norm": float(trainer.callback_metrics["train/gradient_norm"]),
             # How unequal ranks are depends on how many there are.
             "metrics": {name: float(value) for name, value in metrics.items() if "overload_factor" not in name},
             "passes": [
