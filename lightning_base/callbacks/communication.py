@@ -95,9 +95,9 @@ class Communication(pl.Callback):
 
     ``communication/share``: ``seconds`` of all layers over the time of the step.
 
-    The forward part is in ``train_time/dispatch``, ``combine`` and, for ranks' lengths, ``router`` too; the rest in
-    ``train_time/backward_and_optimizer``. Gradients that DDP or FSDP reduce are not measured: they overlap the backward
-    pass. Their bytes are computed from sizes, see ``gradient_bytes``, and stand in the manifest.
+    The forward part is in ``train_time/dispatch`` and ``combine``, the rest in ``train_time/backward_and_optimizer``.
+    Gradients that DDP or FSDP reduce are not measured: they overlap the backward pass. Their bytes are computed from
+    sizes, see ``gradient_bytes``, and stand in the manifest.
 
     Args:
         run: where ``communication.csv`` goes.

@@ -54,7 +54,7 @@ WORDS = {
     "any": "the same for any of these: the leak; above 0 in evaluation, the loss is not that of a language model",
     "router": "gates, choice of experts and losses, without the assignment",
     "assignment": "solving a balanced assignment (BASE), or approximating one (S-BASE, BIP)",
-    "dispatch": "sorting tokens by expert",
+    "dispatch": "sorting tokens by expert, and sending them to other processes if these hold it",
     "expert networks": "forward",
     "combine": "bringing outputs back, by weight",
     "other forward": "attention, dense layers, embedding and loss",
