@@ -8,8 +8,8 @@ import pytest
 from hand_made_runs import edit, write_run, write_seeds
 
 from lightning_base.report.document import Section, build
-from lightning_base.report.table import Table
-from lightning_base.report.tabular import latex, numbers_csv, table_csv, table_latex
+from lightning_base.report.formats import latex, numbers_csv, table_csv, table_latex
+from lightning_base.report.tables import Table
 
 
 def table_of(section: Section, start: str) -> Table:
@@ -169,7 +169,7 @@ def test_csv_has_the_cells_and_numbers_are_unrounded(tmp_path: Path) -> None:
     (section,) = build(tmp_path).sections
     rows = list(csv.reader(io.StringIO(table_csv(section.tables[0]))))
     assert rows == [section.tables[0].headings, *section.tables[0].rows]
-    numbers = list(csv.DictReader(io.StringIO(numbers_csv(section.comparison, section.labels))))
+    numbers = list(csv.DictReader(io.StringIO(numbers_csv(section.comparison))))
     losses = [row for row in numbers if row["measure"] == "validation loss"]
     assert [(row["arm"], row["seed"], float(row["value"])) for row in losses][3:] == [
         ("Switch", "1", 4.0),
