@@ -32,7 +32,7 @@ def draw(findings: Findings, router: str) -> list[Picture]:
         findings: what was measured.
         router: the router's class name, which has a colour.
     """
-    with mpl.rc_context(LOOK):
+    with mpl.rc_context(fname=LOOK):
         return [
             *domains(findings),
             *vocabulary(findings, router),

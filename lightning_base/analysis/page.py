@@ -34,7 +34,6 @@ def html(run: FinishedRun, findings: Findings, pictures: Sequence[Picture], file
     """The page; whatever comes from files is escaped."""
     return render(
         "analysis.html",
-        None,
         Path(__file__).with_name("templates"),
         kind="analysis",
         name=run.name,

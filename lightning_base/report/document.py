@@ -1,15 +1,12 @@
 """The report before it has a format: sections of sentences, tables and figures."""
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-
-import yaml
 
 from lightning_base.report.answer import answer, cautions, footnotes, listed
 from lightning_base.report.fairness import BY_SEED, Comparison, compare, differences
 from lightning_base.report.labels import comparison_titles, labelled, short
-from lightning_base.report.read import LeftOut, ReportError, Run
+from lightning_base.report.read import LeftOut, ReportError
 from lightning_base.report.tables import Table, tables
 from lightning_base.report.verify import sound_runs
 from lightning_base.report.words import WORDS
@@ -17,14 +14,9 @@ from lightning_base.report.words import WORDS
 
 @dataclass(frozen=True)
 class Section:
-    """One comparison in words and tables.
+    """One comparison of labelled arms in words and tables; ``apart`` says why it is not part of the first one.
 
-    Args:
-        title: what is particular to it.
-        comparison: its arms, labelled.
-        apart: in words, why it is not part of the first one.
-        tables: the short one first.
-        notes: explain signs that no earlier section has.
+    The first of the ``tables`` is the short one; ``notes`` explain signs that no earlier section has.
     """
 
     title: str
@@ -44,15 +36,6 @@ class Section:
     @property
     def cautions(self) -> list[str]:
         return list(cautions(self.comparison))
-
-    @property
-    def details(self) -> list[tuple[str, Run, dict[str, str]]]:
-        """What every run says of itself, in texts with their headings."""
-        return [
-            (f"{arm.label}, seed {run.seed}" if len(arm.runs) > 1 else arm.label, run, details(run))
-            for arm in self.comparison.arms
-            for run in arm.runs
-        ]
 
     @property
     def made_with(self) -> dict[str, str]:
@@ -106,18 +89,6 @@ def apart(comparison: Comparison, first: Comparison) -> list[str]:
         here, there = map(short, values) if short(values[0]) != short(values[1]) else map(str, values)
         lines.append(f"{field}: {here} here, {there} in the first table")
     return lines
-
-
-def details(run: Run) -> dict[str, str]:
-    """What a reader needs to check one run or to make it again."""
-    certificate = {key: value for key, value in run.manifest.items() if key not in ("config", "ledger", "result")}
-    overrides = " ".join(f"'{part}'" if set(part) & set(" {}[]()*$'\"") else part for part in run.overrides)
-    return {
-        "Started with": f"python experiments/train.py {overrides}".rstrip(),
-        "Ledger: what it spent": json.dumps(run.ledger, indent=2),
-        "Certificate: what it was": json.dumps(certificate, indent=2),
-        "Configuration": yaml.safe_dump(run.config, sort_keys=False),
-    }
 
 
 def made_with(comparison: Comparison) -> dict[str, str]:

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 
 from lightning_base.report.fairness import Arm
+from lightning_base.report.words import TEMPLATES
 
 # Colours of Okabe and Ito, which people with any kind of colour vision can tell apart, for those who meet most often;
 # of Paul Tol for the others. Markers say it once more. Blue to violet balances by prices or biases, warm and green lets
@@ -41,20 +42,7 @@ ROUTERS = {
 SPARE = (("#E69F00", "P"), ("#56B4E9", "X"), ("#999999", "*"), ("#E69F00", "<"), ("#56B4E9", ">"), ("#999999", "p"))
 LINES = ("-", "--", "-.", ":")
 LAYERS_PER_FIGURE = 4
-# A white ground of its own: readable on light and dark pages alike.
-LOOK: Any = {
-    "font.size": 11,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#e3e3e3",
-    "figure.facecolor": "white",
-    "savefig.facecolor": "white",
-    # Labels come from files: a dollar sign in them is a dollar sign.
-    "text.parse_math": False,
-    "svg.hashsalt": "lightning_base",
-}
+LOOK = TEMPLATES / "figures.mplstyle"
 
 
 @dataclass(frozen=True)

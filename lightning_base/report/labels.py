@@ -27,7 +27,7 @@ def shorten(arm: Arm) -> str:
     # What all arms of a table share is in its title.
     shared = {"seed", *shared_setting(arm.first)}
     own = [part for part in parts if part.partition("=")[0] not in shared]
-    kept = [part.removeprefix("router.").removeprefix("router=") for part in own]
+    kept = [part.removeprefix("router.").removeprefix("router=").removeprefix("arm=") for part in own]
     if arm.first.label == arm.first.name or not any(kept):
         # Not from a sweep: the folder is named after all overrides, which say little about the arm.
         return router_name(arm)

@@ -70,7 +70,7 @@ def last(name: str) -> Reader:
 
 
 def logged(name: str, after: int = 0) -> Reader:
-    """The mean over all logged steps, or those ``after`` some: the first one holds the warm-up."""
+    """The mean over logged steps, ``after`` the first for times: it holds the warm-up."""
     return lambda run: run.mean(name, after)
 
 
@@ -113,9 +113,8 @@ def loss_at(name: str, spent: float) -> Reader:
     """The validation loss when so much was spent, between two validations linearly; none before the first."""
 
     def read(run: Run) -> float | None:
-        if CURVE not in run.series or spent < cost(run, name)[0]:
-            return None
-        return float(np.interp(spent, cost(run, name), run.series[CURVE].values))
+        before = CURVE not in run.series or spent < cost(run, name)[0]
+        return None if before else float(np.interp(spent, cost(run, name), run.series[CURVE].values))
 
     return read
 
@@ -137,17 +136,9 @@ def seconds_to(loss: float) -> Reader:
     return read
 
 
-def number(digits: int) -> Form:
-    return lambda value: f"{value:.{digits}f}" if math.isfinite(value) else str(value)
-
-
 def signed(value: float) -> str:
     """A difference in nats: +0.0123 or −0.0123."""
     return f"{value:+.4f}".replace("-", "−")
-
-
-def whole(value: float) -> str:
-    return f"{value:,.0f}"
 
 
 def short_count(value: float) -> str:
@@ -162,33 +153,31 @@ def percent(value: float) -> str:
     return f"{100 * value:.2f} %"
 
 
-def plain(value: float) -> str:
-    return f"{value:g}"
-
-
+ONE, TWO, THREE, FOUR = (f"{{:.{digits}f}}".format for digits in (1, 2, 3, 4))
+WHOLE, PLAIN = "{:,.0f}".format, "{:g}".format
 QUALITY, COST, ROUTING, STEP = "Quality on held-out text", "Cost", "Routing in training", "training, one step"
-LOSS = Measure("validation loss", QUALITY, final_loss, number(4))
-BITS = Measure("bits per byte", QUALITY, field("result", "final/bits_per_byte"), number(4))
+LOSS = Measure("validation loss", QUALITY, final_loss, FOUR)
+BITS = Measure("bits per byte", QUALITY, field("result", "final/bits_per_byte"), FOUR)
 FULL = (
     LOSS,
-    Measure("under unigram", QUALITY, under_unigram, number(3)),
-    Measure("perplexity", QUALITY, field("result", "final/perplexity"), number(1)),
+    Measure("under unigram", QUALITY, under_unigram, THREE),
+    Measure("perplexity", QUALITY, field("result", "final/perplexity"), ONE),
     BITS,
-    Measure("tokens/s", "Speed", speed, whole),
+    Measure("tokens/s", "Speed", speed, WHOLE),
     Measure("active parameters", COST, field("ledger", "active_parameters"), short_count),
     Measure("total parameters", COST, field("ledger", "parameters"), short_count),
     Measure("FLOPs/token", COST, field("ledger", "flops_per_token"), short_count),
-    Measure("experts", ROUTING, field("ledger", "num_experts"), plain),
-    Measure("k", ROUTING, field("ledger", "top_k"), plain),
-    Measure("capacity factor", ROUTING, field("ledger", "capacity_factor"), plain),
-    Measure("tokens", ROUTING, field("", "tokens"), whole),
-    Measure("dropped", ROUTING, field("", "assignments_dropped"), whole),
+    Measure("experts", ROUTING, field("ledger", "num_experts"), PLAIN),
+    Measure("k", ROUTING, field("ledger", "top_k"), PLAIN),
+    Measure("capacity factor", ROUTING, field("ledger", "capacity_factor"), PLAIN),
+    Measure("tokens", ROUTING, field("", "tokens"), WHOLE),
+    Measure("dropped", ROUTING, field("", "assignments_dropped"), WHOLE),
     Measure("drop rate", ROUTING, drop_rate, percent),
 )
 ROUTED = (
     Measure("drop rate", "training", drop_rate, percent),
-    Measure("max_vio", "training", logged("train_group/max_vio/load/mean"), number(3)),
-    Measure("max_vio", "evaluation", last("final_pass/max_vio/load/mean"), number(3)),
+    Measure("max_vio", "training", logged("train_group/max_vio/load/mean"), THREE),
+    Measure("max_vio", "evaluation", last("final_pass/max_vio/load/mean"), THREE),
 )
 LEAK = tuple(
     Measure(heading, f"routed as in {stage}", field("result", f"final_causality/leak_{stage}_{way}/max"), percent)

@@ -64,6 +64,11 @@ class Run:
         return found
 
     @property
+    def certificate(self) -> dict[str, Any]:
+        """What the run was: the manifest without what it was told, what it spent and what came out."""
+        return {key: value for key, value in self.manifest.items() if key not in ("config", "ledger", "result")}
+
+    @property
     def seed(self) -> int:
         return int(self.manifest["seed"])
 
@@ -125,9 +130,10 @@ def list_jobs(directory: Path, left_out: list[LeftOut]) -> dict[Path, str]:
     labels: dict[str, str] = {}
     try:
         # A name in sweep.json is a folder right here, whatever a hand may have written into the file.
-        jobs = read_json(directory / "sweep.json").get("jobs", {})
+        sweep = read_json(directory / "sweep.json")
+        jobs = {**sweep.get("earlier", {}), **sweep.get("jobs", {})}
         labels = {Path(str(name)).name: printable(str(label)) for name, label in jobs.items()}
-    except (ValueError, AttributeError, OSError) as error:
+    except (ValueError, TypeError, OSError) as error:
         left_out.append(LeftOut("sweep.json", "sweep.json", "unreadable", f"runs have the names of folders: {error}"))
     for path in sorted(path for path in directory.iterdir() if path.is_dir() and not path.name.startswith(".")):
         # A job that was killed before it could say anything has its configuration.
@@ -159,37 +165,28 @@ def read_job(path: Path, label: str) -> Run | LeftOut:
             status=status,
             manifest=required(path / "manifest.json", read_json),
             config=required(job.config, read_yaml),
-            overrides=read_overrides(job.config.with_name("overrides.yaml")),
+            overrides=[str(item) for item in read_yaml(job.config.with_name("overrides.yaml")) or []],
             series=read_series(path / "metrics.csv"),
             counts=read_counts(path / "expert_load.csv"),
             drops=read_drops(path / "drop_by_position.csv"),
         )
-    except (OSError, ValueError) as error:
-        return LeftOut(path.name, label, "refused", f"it cannot be read: {error}")
+    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+        return LeftOut(path.name, label, "refused", f"it cannot be read: {' '.join(str(error).split())}")
 
 
 def required(path: Path, read: Callable[[Path], Any]) -> dict[str, Any]:
     """A mapping from a file of JSON or YAML."""
     try:
-        found = read(path) if path.exists() else None
+        found = read(path)
     except (ValueError, yaml.YAMLError) as error:
-        raise ValueError(f"{path.name} is damaged ({' '.join(str(error).split())})") from error
+        raise ValueError(f"{path.name} is damaged ({error})") from error
     if not found or not isinstance(found, dict):
         raise ValueError(f"{path.name} is missing, empty or no mapping")
     return found
 
 
 def read_yaml(path: Path) -> Any:
-    return yaml.safe_load(path.read_text())
-
-
-def read_overrides(path: Path) -> list[str]:
-    """What was typed for this job; nothing depends on it, so a file that is not there is no mistake."""
-    try:
-        found = read_yaml(path)
-    except (OSError, ValueError, yaml.YAMLError):
-        return []
-    return [str(item) for item in found] if isinstance(found, list) else []
+    return yaml.safe_load(path.read_text()) if path.exists() else None
 
 
 def read_series(path: Path) -> dict[str, Series]:

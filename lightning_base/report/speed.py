@@ -12,31 +12,22 @@ TOLERANCE = 0.1
 ENOUGH = 4
 
 
-def windows(run: Run) -> np.ndarray:
-    """Tokens per second of the log windows after the first, which holds the first step and its warm-up."""
-    series = run.series.get("train/tokens_per_second")
-    return np.array([]) if series is None else series.values[1:]
+def quartiles(runs: Sequence[Run]) -> list[float]:
+    """Of tokens per second over the log windows after the first, which holds the warm-up; [] if there is none."""
+    name = "train/tokens_per_second"
+    found = [pace for run in runs if name in run.series for pace in run.series[name].values[1:]]
+    return np.quantile(found, (0.25, 0.5, 0.75)).tolist() if found else []
 
 
 def speed(run: Run) -> float | None:
-    found = windows(run)
-    return float(np.median(found)) if len(found) else None
-
-
-def quartiles(arm: Arm) -> list[float]:
-    """Of all windows of all seeds; one number where there is one window, none where there is none."""
-    found = np.concatenate([windows(run) for run in arm.runs])
-    return np.quantile(found, (0.25, 0.5, 0.75)).tolist() if len(found) > 1 else found.tolist()
+    return dict(enumerate(quartiles([run]))).get(1)
 
 
 @dataclass(frozen=True)
 class Noise:
-    """A fixed piece of work that was timed between steps: its median against the quietest arm's, and its spreads.
+    """A fixed piece of work was timed between steps: how many times ``slower`` it was than beside the quietest arm.
 
-    Args:
-        slower: how many times as long as beside the quietest arm.
-        spread, least: quartile distance / median, here and beside the quietest arm.
-        timings: how many there are beside this arm.
+    ``spread`` and ``least`` are quartile distance / median of the ``timings``, here and beside the quietest arm.
     """
 
     slower: float = 1.0
@@ -50,8 +41,8 @@ class Noise:
 
     def scaled(self, arm: Arm) -> float | None:
         """What the speed might be on a quiet machine; None where it is as it was, or a guess from a few timings."""
-        pace = quartiles(arm)
-        return pace[len(pace) // 2] * self.slower if pace and self.disturbed and self.timings >= ENOUGH else None
+        pace = quartiles(arm.runs)
+        return pace[1] * self.slower if pace and self.disturbed and self.timings >= ENOUGH else None
 
 
 def machine_noise(arms: Sequence[Arm]) -> list[Noise]:

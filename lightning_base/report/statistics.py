@@ -16,14 +16,10 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean over N seeds with its 95 % intervals: with one seed only the mean is known, and the rest is nan.
+    """The mean of N ``values`` with its t interval from ``low`` to ``high``; with one seed all but the mean is nan.
 
-    Args:
-        mean: of the N numbers.
-        low, high: the t interval around the mean.
-        spread: sample standard deviation between seeds.
-        p: two-sided probability of a mean this far from zero or farther, if the true one is zero (t test).
-        values: the N numbers.
+    ``spread`` is the sample standard deviation between seeds, ``p`` the two-sided probability of a mean this far from
+    zero or farther, if the true one is zero (t test).
     """
 
     mean: float

@@ -7,7 +7,7 @@ from itertools import groupby
 
 from lightning_base.report import answer, measures
 from lightning_base.report.fairness import Arm, Comparison, stage_of
-from lightning_base.report.measures import DASH, Measure, cell, field, last, number, percent
+from lightning_base.report.measures import DASH, FOUR, THREE, TWO, Measure, cell, field, last, percent
 from lightning_base.report.speed import machine_noise, quartiles
 from lightning_base.report.statistics import interval
 from lightning_base.report.words import WORDS
@@ -54,9 +54,10 @@ class Table:
         return [group * (names.count(name) > 1) + name for group, name in zip(groups, names, strict=True)]
 
     @property
-    def groups(self) -> list[tuple[str, int]]:
-        """The headings above the headings, with the number of columns each spans."""
-        return [(group, len(list(found))) for group, found in groupby(column.group for column in self.columns)]
+    def groups(self) -> list[tuple[str, int, int]]:
+        """The headings above the headings, with the first and the last of the columns each spans, counted from 1."""
+        spans = [(group, list(found)) for group, found in groupby(enumerate(self.columns, 1), lambda c: c[1].group)]
+        return [(group, found[0][0], found[-1][0]) for group, found in spans]
 
 
 def by_column(title: str, cells: dict[Column, list[str]], lead: str = "", figures: tuple[str, ...] = ()) -> Table:
@@ -99,9 +100,9 @@ def difference(contrast: answer.Contrast | None, flag: str = "") -> str:
 
 
 def speed_cell(arm: Arm, flag: str) -> str:
-    """The median of all windows of all seeds, with quartiles where there are several windows."""
-    low, *more = [f"{pace:,.0f}" for pace in quartiles(arm)] or [DASH]
-    return (f"{more[0]} ({low} to {more[1]})" if more else low) + flag
+    """The median of all windows of all seeds, with quartiles where they are apart."""
+    low, middle, high = [f"{pace:,.0f}" for pace in quartiles(arm.runs)] or [DASH] * 3
+    return (middle if low == high else f"{middle} ({low} to {high})") + flag
 
 
 def short_table(comparison: Comparison) -> Table:
@@ -158,10 +159,10 @@ def equal_cost_table(comparison: Comparison) -> Table:
         read, marks = measures.loss_at(name, spent), flags if name == "time" else [""] * len(arms)
         found = answer.against_reference(comparison, read)
         losses[Column(name, "validation loss at equal")] = [
-            cell(arm, read, number(4)) + mark for arm, mark in zip(arms, marks, strict=True)
+            cell(arm, read, FOUR) + mark for arm, mark in zip(arms, marks, strict=True)
         ]
         gaps[Column(name, against)] = [difference(found.get(i), mark) for i, mark in enumerate(marks)]
-    seconds = [cell(a, measures.seconds_to(target), number(2)) + flag for a, flag in zip(arms, flags, strict=True)]
+    seconds = [cell(a, measures.seconds_to(target), TWO) + flag for a, flag in zip(arms, flags, strict=True)]
     cells = {Column("arm"): [marked(arm) for arm in arms], **losses, **(gaps if len(arms) > 1 else {})}
     sampled = arms[0].first.config.get("data", {}).get("validation_sequences")
     lead = (
@@ -202,7 +203,7 @@ def balance_table(comparison: Comparison) -> Table:
             where = f"evaluation, {mode}" if len(modes) > 1 else "evaluation"
             names = [f"{prefix}/{what}/{side}/mean" for side in SIDES for what in ("max_vio", "load_cv")]
             row = [marked(arm, "any"), where + ahead(arm, mode) if mode else TRAINING[prefix]]
-            row += [cell(arm, read(name), number(3)) for name in names]
+            row += [cell(arm, read(name), THREE) for name in names]
             row += [cell(arm, read(f"{prefix}/drop_rate/mean"), percent), loss_when(arm, mode) if mode else DASH]
             rows.append(row)
     columns += [Column("drop rate"), Column("loss")]
@@ -211,7 +212,7 @@ def balance_table(comparison: Comparison) -> Table:
 
 
 def loss_when(arm: Arm, mode: str) -> str:
-    return cell(arm, field("result", f"{stage_of(arm, mode)}/loss"), number(4))
+    return cell(arm, field("result", f"{stage_of(arm, mode)}/loss"), FOUR)
 
 
 def gap_table(arms: Sequence[Arm]) -> Table:
@@ -224,7 +225,7 @@ def gap_table(arms: Sequence[Arm]) -> Table:
             mode + ahead(arm, mode),
             cell(arm, last(f"{stage_of(arm, mode)}_pass/routing_gap/mean"), percent),
             loss_when(arm, mode),
-            cell(arm, last(f"{stage_of(arm, mode)}_pass/max_vio/load/mean"), number(3)),
+            cell(arm, last(f"{stage_of(arm, mode)}_pass/max_vio/load/mean"), THREE),
         ]
         for arm in arms
         for mode in arm.modes
@@ -244,3 +245,11 @@ def alarm_table(arms: Sequence[Arm]) -> Table:
     ]
     columns = [Column("arm"), Column("seed"), Column("alarm", words=True), Column("layer", words=True)]
     return Table("What raised an alarm?", [*columns, Column("step"), Column("what happened", words=True)], rows)
+
+
+def numbers_table(arms: Sequence[Arm]) -> Table:
+    """Every number of every run unrounded, a row each: for who wants to compute with them."""
+    columns = [Column(name) for name in ("arm", "seed", "group", "measure", "value")]
+    found = [(arm, run, measure, measure.read(run)) for arm in arms for run in arm.runs for measure in measures.ALL]
+    rows = [[arm.label, str(run.seed), m.group, m.heading, repr(v)] for arm, run, m, v in found if v is not None]
+    return Table("Numbers", columns, rows)

@@ -10,6 +10,7 @@ from pathlib import Path
 from lightning_base.report import formats
 from lightning_base.report.document import build
 from lightning_base.report.read import ReportError
+from lightning_base.report.tables import numbers_table
 
 FIGURES = "report_files"
 BAD_INPUT = 2
@@ -34,17 +35,16 @@ def write_report(*directories: str | Path, quiet: bool = False) -> Path:
     document = build(*paths)
     drawn = [pictures(section.comparison) for section in document.sections]
     files: dict[str, str | bytes] = {
-        "report.html": formats.html(document, drawn),
-        "report.md": formats.markdown(document, drawn, FIGURES),
+        name: formats.page(name, document, drawn, FIGURES) for name in ("report.html", "report.md")
     }
     for i, section in enumerate(document.sections):
         place = f"{FIGURES}/{formats.prefix(document, i)}"
         files |= {f"{place}{picture.name}.png": picture.png for picture in drawn[i]}
-        files[f"{place}numbers.csv"] = formats.numbers_csv(section.comparison)
+        files[f"{place}numbers.csv"] = formats.table_csv(numbers_table(section.comparison.arms))
         for table in section.tables:
             name = re.sub(r"\W+", "_", table.title.lower()).strip("_")
             files[f"{place}{name}.csv"] = formats.table_csv(table)
-            files[f"{place}{name}.tex"] = formats.table_latex(table)
+            files[f"{place}{name}.tex"] = formats.render("table.tex", table=table)
     target = paths[0]
     if len(paths) > 1:
         target = paths[0].resolve().parent / "+".join(path.resolve().name for path in paths)
@@ -56,7 +56,8 @@ def write_report(*directories: str | Path, quiet: bool = False) -> Path:
     except OSError as error:
         raise ReportError(f"the report cannot be written to {target}: {error}") from error
     if not quiet:
-        print(f"{formats.terminal(document)}\n\nreport: {target / 'report.html'}\n        {target / 'report.md'}")
+        said = formats.page("report.txt", document).strip()
+        print(f"{said}\n\nreport: {target / 'report.html'}\n        {target / 'report.md'}")
     return target / "report.html"
 
 

@@ -8,8 +8,7 @@ from hand_made_runs import write_run, write_seeds
 from lightning_base.report.document import build
 from lightning_base.report.drawing import ROUTERS, router_color, styles
 from lightning_base.report.fairness import Arm
-from lightning_base.report.figures import pareto_front, pictures
-from lightning_base.report.loads import relative
+from lightning_base.report.figures import pareto_front, pictures, relative
 from lightning_base.report.measures import flops_until
 from lightning_base.report.read import Run, read_job
 
