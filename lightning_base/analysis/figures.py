@@ -92,7 +92,8 @@ def vocabulary(findings: Findings, router: str) -> Iterator[Picture]:
     """How much of the text goes to the favourite expert of its token, at least."""
     color, _ = router_color(router)
     for part, layers in portions(findings):
-        figure, panels = grid(layers, 2.9, 3.4)
+        # The legend and the axis need this much beside a single panel.
+        figure, panels = grid(layers, 2.9 if len(layers) > 1 else 4.6, 3.4)
         for axes, layer in zip(panels, layers, strict=True):
             tokens = layer.tokens
             axes.plot(*survival(tokens.control, tokens.totals), color=CONTROL, ls="--", label="tokens shuffled")
