@@ -113,11 +113,15 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class StrategyConfig:
-    name: Literal["single", "ddp"] = "single"
+    name: Literal["single", "ddp", "expert_parallel", "fsdp"] = "single"
     timeout_seconds: int = 180
+    expert_group: int | None = None
+    shared: Literal["ddp", "fsdp"] = "ddp"
 
     def __post_init__(self) -> None:
         require(self.timeout_seconds >= 1, "strategy.timeout_seconds", self.timeout_seconds, "give at least 1")
+        group = self.expert_group is None or self.expert_group >= 1
+        require(group, "strategy.expert_group", self.expert_group, "give at least 1 rank, or null for all")
 
 
 @dataclass(frozen=True)
@@ -188,6 +192,13 @@ class Config:
         path = self.name in ("", ".", "..") or "/" in self.name
         require(not path, "name", repr(self.name), "give a name for a folder under runs_dir")
         require(0 <= self.seed < 2**63, "seed", self.seed, "give 0 or more")
+
+    @property
+    def expert_group(self) -> int:
+        """Ranks that share the experts of a layer; 1 where every rank holds all of them."""
+        if self.strategy.name != "expert_parallel":
+            return 1
+        return self.strategy.expert_group or self.trainer.world_size
 
     def build_router(self) -> Router:
         """A router of this configuration, with parameters not yet drawn."""
@@ -267,6 +278,7 @@ def _check_across(config: Config) -> None:
             f"trainer.devices={trainer.devices} and trainer.num_nodes={trainer.num_nodes} need several processes, "
             "which strategy=single does not start: add strategy=ddp"
         )
+    _check_strategy(config, router)
     check_batch(
         config.data.global_batch, trainer.world_size, trainer.accumulate_grad_batches, config.data.routing_group
     )
@@ -299,6 +311,27 @@ def fit_schedule(config: Config) -> tuple[ModuleConfig, list[str]]:
             f"{module.learning_rate:g}: ending at {module.learning_rate / 10:g}"
         )
     return dataclasses.replace(module, **cut), sentences  # type: ignore[arg-type]
+
+
+def _check_strategy(config: Config, router: Router) -> None:
+    """Whether ranks can share experts and parameters as they are told to."""
+    trainer, group = config.trainer, config.expert_group
+    if trainer.world_size % group:
+        raise ConfigError(
+            f"strategy.expert_group={group} does not divide the {trainer.world_size} ranks of trainer.devices x "
+            f"trainer.num_nodes = {trainer.devices} x {trainer.num_nodes}: choose one that does, or null for all ranks"
+        )
+    # A single expert is copied, so that a dense arm can be compared.
+    if router.num_experts > 1 and router.num_experts % group:
+        raise ConfigError(
+            f"router.num_experts={router.num_experts} cannot be shared equally by the {group} ranks of an expert "
+            f"group: choose a multiple of {group}, or a smaller strategy.expert_group"
+        )
+    if config.strategy.name in ("expert_parallel", "fsdp") and trainer.precision == "16-mixed":
+        raise ConfigError(
+            f"trainer.precision=16-mixed with strategy={config.strategy.name}: ranks that hold different parameters "
+            "would skip different steps when a gradient overflows; use bf16-mixed"
+        )
 
 
 def check_devices(trainer: TrainerConfig) -> str:

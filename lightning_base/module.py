@@ -10,18 +10,21 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
 
 from lightning_base.auxiliary_losses import StepCounts, auxiliary_losses, step_counts
 from lightning_base.checkpoint import PARAMETER_NAMES
+from lightning_base.gradients import clip_gradients, gradient_norm, local
 from lightning_base.instantiation import instantiate
 from lightning_base.metrics.language_model import LanguageModelLoss
 from lightning_base.model import Transformer, initialize
-from lightning_base.moe.layer import set_evaluation_mode
+from lightning_base.moe.layer import set_evaluation_mode, without_exchange
 from lightning_base.reduction import sum_over_ranks
 from lightning_base.routing.plan import RoutingPlan
 from lightning_base.routing.router import Router
+from lightning_base.routing.selection import full_precision
 
 IGNORED = -100
 
@@ -71,6 +74,7 @@ class LanguageModel(pl.LightningModule):
     Attributes:
         plans: the RoutingPlan of each sparse layer in the last forward pass, detached.
         last_checkpoint: the newest checkpoint from which a finite loss was computed, for the message of a failure.
+        held_with: parameters of which this rank holds a part, with the ranks that hold the whole together.
         unproven_checkpoint: a newer one, until that is known; set by whoever saves. Weights can be finite and useless.
     """
 
@@ -122,6 +126,7 @@ class LanguageModel(pl.LightningModule):
         # Not a submodule: the state dict keeps one set of names, compiled or not.
         self._forward = [torch.compile(self.model) if compile else self.model]
         self.plans: dict[str, RoutingPlan] = {}
+        self.held_with: dict[nn.Parameter, ProcessGroup] = {}
         self.last_checkpoint: str | None = None
         self.unproven_checkpoint: str | None = None
         self._step_sums: dict[str, Tensor] = {}
@@ -156,7 +161,7 @@ class LanguageModel(pl.LightningModule):
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
         logits, plans = self(batch)
         nll = F.cross_entropy(
-            logits.flatten(0, 1).float(), batch["targets"].flatten(), ignore_index=IGNORED, reduction="sum"
+            full_precision(logits.flatten(0, 1)), batch["targets"].flatten(), ignore_index=IGNORED, reduction="sum"
         )
         for layer, plan in self.plans.items():
             sums = self._router_sums.setdefault(layer, {})
@@ -182,7 +187,7 @@ class LanguageModel(pl.LightningModule):
         logits, _ = self(batch)
         targets = batch["targets"].flatten()
         # Chosen from the losses, not from the logits, which are V times as many.
-        nll = F.cross_entropy(logits.flatten(0, 1).float(), targets, ignore_index=IGNORED, reduction="none")
+        nll = F.cross_entropy(full_precision(logits.flatten(0, 1)), targets, ignore_index=IGNORED, reduction="none")
         counted = targets != IGNORED
         self.validation_loss.update(nll[counted], self.bytes_per_token[targets[counted]])
 
@@ -245,13 +250,13 @@ class LanguageModel(pl.LightningModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         """Takes the norm once: to see that it is finite, to log it and to clip to it."""
-        norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters() if p.grad is not None])
+        norm = gradient_norm(self.parameters(), self.held_with)
         if not bool(torch.isfinite(norm)) and self.trainer.precision != "16-mixed":
             # Before the weights take it up and are saved; with 16-mixed the scaler skips such a step by itself.
             raise NonFiniteError(self._not_finite("The gradient", "in the backward pass, with a finite loss"))
         self._log_step(norm)
         if gradient_clip_val is not None:
-            torch.nn.utils.clip_grads_with_norm_(self.parameters(), gradient_clip_val, norm)
+            clip_gradients(self.parameters(), gradient_clip_val, norm)
 
     def _log_step(self, gradient_norm: Tensor) -> None:
         """Logs the step in progress.
@@ -349,9 +354,12 @@ class LanguageModel(pl.LightningModule):
             module.register_forward_hook(lambda _m, _i, output, name=name: watch(name, output))
             for name, module in places.items()
         ]
+        # This rank may be the only one that is here: it cannot gather slices, nor ask for experts.
+        sliced = any(local(parameter) is not parameter for parameter in self.model.parameters())
         try:
-            with torch.no_grad():
-                self.model(batch["input_ids"], batch["valid"])
+            if not sliced:
+                with torch.no_grad(), without_exchange(self.model):
+                    self.model(batch["input_ids"], batch["valid"])
         except ValueError:
             pass  # a solver stopped at NaN scores: the hooks have seen where they began, or it is the router itself
         finally:
@@ -359,12 +367,14 @@ class LanguageModel(pl.LightningModule):
                 hook.remove()
         if cause is not None and not broken:
             bad = [
-                name for name, parameter in self.model.named_parameters() if not bool(torch.isfinite(parameter).all())
+                n for n, parameter in self.model.named_parameters() if not bool(torch.isfinite(local(parameter)).all())
             ]
             if not bad:
                 return
             broken = [bad[0].removeprefix("blocks.")]
         where = f"first in {broken[0]}" if broken else "in the loss itself, with every layer finite"
+        if not broken and self.held_with:
+            where = "in a layer that this rank cannot look for, because others hold parts of its parameters"
         raise NonFiniteError(self._not_finite("The loss", where), broken[0] if broken else None) from cause
 
     def _not_finite(self, what: str, where: str) -> str:

@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 import pytorch_lightning as pl
@@ -45,6 +45,7 @@ from lightning_base.claim import as_rank
 from lightning_base.config import Config, check_devices, fit_schedule, read_config
 from lightning_base.data import Corpus, TextDataModule
 from lightning_base.disk import full_disk
+from lightning_base.distributed.expert_parallel import ExpertParallelStrategy
 from lightning_base.distributed.launch import PREEMPTED, die_with_parent
 from lightning_base.instantiation import ConfigError, instantiate
 from lightning_base.loggers import finish_loggers, offline_loggers
@@ -239,12 +240,21 @@ class Replicated(checkpoint.SavesTogether, DDPStrategy):
 
 
 def build_strategy(config: Config, accelerator: str) -> checkpoint.SavesTogether:
-    """One process, or DDP over the ranks that torchrun has started, with a time-out on every collective."""
+    """One process, or the ranks that torchrun has started, with a time-out on every collective."""
     if config.trainer.world_size == 1:
         return SingleProcess(device="cuda:0" if accelerator == "gpu" else "cpu")
-    return Replicated(
-        process_group_backend="nccl" if accelerator == "gpu" else "gloo",
-        timeout=timedelta(seconds=config.strategy.timeout_seconds),
+    options: dict[str, Any] = {
+        "process_group_backend": "nccl" if accelerator == "gpu" else "gloo",
+        "timeout": timedelta(seconds=config.strategy.timeout_seconds),
+    }
+    if config.strategy.name == "ddp":
+        return Replicated(**options)
+    return ExpertParallelStrategy(
+        expert_group=config.expert_group,
+        shared="fsdp" if config.strategy.name == "fsdp" else config.strategy.shared,
+        # Training sequences are padded only where a document is a sequence.
+        same_sizes=config.data.packing == "packed",
+        **options,
     )
 
 

@@ -5,6 +5,7 @@ import importlib.metadata
 import platform
 import subprocess
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,7 @@ class Certificate(pl.Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, LanguageModel)
+        ledger = self._ledger(trainer, pl_module)  # by all ranks: with sharded experts a pass needs every one
         if not trainer.is_global_zero:
             return
         prepared = trainer.datamodule.prepared  # type: ignore[attr-defined]
@@ -102,7 +104,7 @@ class Certificate(pl.Callback):
             "device": device_name(pl_module.device),
             "corpus": prepared.statistics,
         }
-        self.run.write_manifest(**certificate, ledger=self._ledger(trainer, pl_module))
+        self.run.write_manifest(**certificate, ledger=ledger)
         writer = tensorboard_writer(trainer)
         # A run that goes on has them already.
         if writer is not None and not trainer.global_step:
@@ -134,12 +136,13 @@ class Certificate(pl.Callback):
         model = pl_module.model
         layers = model.sparse_layers
         router = next(iter(layers.values())).router
-        total = sum(p.numel() for p in model.parameters())
-        experts = sum(p.numel() for layer in layers.values() for p in layer.experts.parameters())
+        held = sum(p.numel() for layer in layers.values() for p in layer.experts.parameters())
+        experts = held * router.num_experts // len(next(iter(layers.values())).experts.held)
+        total = sum(p.numel() for p in model.parameters()) - held + experts
         dataset = trainer.datamodule.training_sequences()  # type: ignore[attr-defined]
         items = [dataset[i] for i in range(next(iter(layers.values())).routing_group)]
         batch = {name: torch.stack([item[name] for item in items]).to(pl_module.device) for name in items[0]}
-        flops = count_flops(pl_module, batch)
+        flops = count_flops(pl_module, batch, mean_over_ranks=partial(trainer.strategy.reduce, reduce_op="mean"))
         return {
             "router": type(router).__name__,
             "num_experts": router.num_experts,

@@ -8,6 +8,7 @@ import pytorch_lightning as pl
 import torch
 
 from lightning_base.checkpoint import checkpoints, on_all_ranks, step_of
+from lightning_base.gradients import local
 from lightning_base.module import LanguageModel, NonFiniteError
 from lightning_base.run_directory import RunDirectory
 
@@ -129,7 +130,7 @@ def save(trainer: pl.Trainer, module: LanguageModel, run: RunDirectory, keep: in
     path = run.checkpoints / f"step_{trainer.global_step}.ckpt"
     if str(path) in (module.last_checkpoint, module.unproven_checkpoint):
         return
-    finite = all(bool(torch.isfinite(parameter).all()) for parameter in module.parameters())
+    finite = all(bool(torch.isfinite(local(parameter)).all()) for parameter in module.parameters())
     # Ranks may hold different experts, and have to agree.
     if not trainer.strategy.reduce_boolean_decision(finite):
         return  # the next step will fail, and name the checkpoint before this one

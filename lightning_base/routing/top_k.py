@@ -14,6 +14,7 @@ from lightning_base.routing.capacity import check_capacity_factor, expert_capaci
 from lightning_base.routing.losses import balancing_loss, check_scope, router_z_loss
 from lightning_base.routing.plan import RoutingGroups, RoutingPlan, count_by_group
 from lightning_base.routing.router import Router
+from lightning_base.routing.selection import full_precision
 
 GATES = ("softmax", "sigmoid")
 
@@ -83,7 +84,7 @@ class TopK(Router):
 
     def forward(self, tokens: Tensor, token_ids: Tensor, groups: RoutingGroups) -> RoutingPlan:
         with torch.autocast(tokens.device.type, enabled=False):
-            logits_TE = nn.functional.linear(tokens.float(), self.gate.weight.float())
+            logits_TE = nn.functional.linear(full_precision(tokens), full_precision(self.gate.weight))
         # By logits: scores rise with them, and a sigmoid in float32 is exactly 1 for all logits above 17.
         expert_TK = logits_TE.topk(self.top_k, dim=-1).indices
         scores_TE, probabilities_TE = self._scores(logits_TE)

@@ -147,8 +147,8 @@ FAULTS = [
     Fault(
         "what a router has seen of a step is not reset",
         "module.py",
-        "        self._router_sums = {}\n        gradients",
-        "        gradients",
+        "        self._router_sums = {}\n\n    def configure",
+        "\n    def configure",
         "test_training.py",
     ),
     Fault(
@@ -175,8 +175,8 @@ FAULTS = [
     Fault(
         "BASE is balanced in evaluation",
         "routing/balanced.py",
-        'if self.training or self.evaluation_mode == "balanced":',
-        "if True:",
+        'balances = self.training or self.evaluation_mode == "balanced"',
+        "balances = True",
         "routing/test_base_router.py",
     ),
     Fault(
@@ -402,5 +402,47 @@ FAULTS = [
         '/mean" not in values',
         '/mean" in values',
         "tensorboard/test_events.py -k mean_and_max",
+    ),
+    Fault(
+        "tokens that arrive are not sorted by expert",
+        "moe/dispatch.py",
+        "return permute(arrived_MD, self._order, self._back)",
+        "return arrived_MD",
+        "moe/test_sharded_layer.py",
+    ),
+    Fault(
+        "counts are left out where there is padding",
+        "moe/layer.py",
+        "same_sizes=same_sizes and self.training)",
+        "same_sizes=True)",
+        "moe/test_sharded_layer.py",
+    ),
+    Fault(
+        "gradients of experts are divided by the copies, not the ranks",
+        "distributed/expert_parallel.py",
+        "parameter.grad /= self.world_size",
+        "parameter.grad /= dist.get_world_size(group)",
+        "distributed/test_parity.py",
+    ),
+    Fault(
+        "copies of an expert drift apart",
+        "distributed/expert_parallel.py",
+        "if dist.get_world_size(group) > 1:",
+        "if False:",
+        "distributed/test_parity.py",
+    ),
+    Fault(
+        "the clip norm leaves out the experts of other ranks",
+        "gradients.py",
+        "            dist.all_reduce(square, group=group)\n",
+        "            pass\n",
+        "distributed/test_parity.py",
+    ),
+    Fault(
+        "moments of sharded experts are not loaded",
+        "distributed/expert_parallel.py",
+        "i: {key: slice_like(parameters[i], value) for key, value in moments.items()}",
+        "i: {key: slice_like(parameters[i], value) * 0 for key, value in moments.items()}",
+        "distributed/test_moving.py",
     ),
 ]
