@@ -285,11 +285,11 @@ FAULTS = [
         "faults/test_kills_within_a_run.py -k no_row",
     ),
     Fault(
-        "a claim does not exclude",
+        "an owner on another host does not count",
         "claim.py",
-        "if not _lock(descriptor, fcntl.LOCK_EX):",
-        "if not _lock(descriptor, fcntl.LOCK_SH):",
-        "faults/test_one_command_at_a_time.py -k killed_owner",
+        "        if path.stat().st_mtime_ns != last:\n            return True\n",
+        "        if path.stat().st_mtime_ns != last:\n            return False\n",
+        "faults/test_one_command_at_a_time.py -k another_host",
     ),
     Fault(
         "routers learn at everyone's rate",
