@@ -93,7 +93,7 @@ screenshots: setup-dev  ## EXPERIMENT=name: photographs TensorBoard with its run
 	@$(BIN)/python tests/tensorboard/screenshots.py "$(RUNS)/$(EXPERIMENT)" docs/images
 
 .PHONY: benchmark
-benchmark: setup-dev  ## Layer, step, harness, start, data and solver, the short form: about ten minutes on two cores
+benchmark: setup-dev  ## Layer, step, harness, start, data, ranks and solver, the short form: about ten minutes on two cores
 	@$(BIN)/python experiments/benchmark.py all --quick --json $(RUNS)/benchmark.json $(ARGS)
 
 .PHONY: benchmark-check

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from lightning_base.callbacks.communication import Message, costs, summary
+from lightning_base.report.document import build
 
 EXPERTS, WIDTH, TOKENS, STEPS = 8, 32, 16 * 32, 3
 
@@ -112,3 +113,14 @@ def test_gradient_bytes_are_computed_from_sizes(runs: dict[str, Path]) -> None:
         shared = manifest["ledger"]["parameters"] - 2 * EXPERTS * WIDTH * 64
         # Two copies in a ring: 2 (2 - 1) / 2 of their 4 bytes each. Experts have one copy.
         assert manifest["communication"] == {"gradient_bytes_computed": 4 * shared}
+
+
+def test_the_report_has_a_table_of_it(runs: dict[str, Path]) -> None:
+    (section,) = build(runs["base"].parent).sections
+    (table,) = [table for table in section.tables if table.title == "What does sending tokens cost?"]
+    cells = {row[0].rstrip("†‡§"): dict(zip(table.headings, row, strict=True)) for row in table.rows}
+    # Two messages each way of a quarter of the tokens, in float32.
+    assert cells["base"]["sent"] == f"{4 * TOKENS // 4 * WIDTH * 4 / 1000:.2f} k"
+    assert cells["base"]["uneven dispatch"] == "1.000"
+    assert float(cells["switch"]["uneven dispatch"]) > 1
+    assert all(cell["share of the step"].endswith("%") for cell in cells.values())
