@@ -114,9 +114,11 @@ class DataConfig:
 class StrategyConfig:
     name: Literal["single", "ddp"] = "single"
     timeout_seconds: int = 180
+    max_restarts: int = 0
 
     def __post_init__(self) -> None:
         require(self.timeout_seconds >= 1, "strategy.timeout_seconds", self.timeout_seconds, "give at least 1")
+        require(self.max_restarts >= 0, "strategy.max_restarts", self.max_restarts, "give 0 or more")
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,11 @@ Nothing here runs on a rank.
 """
 
 import os
+import shutil
+import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +19,14 @@ from omegaconf import DictConfig, OmegaConf
 from lightning_base.config import Config, check_devices, check_loggers, read_config
 from lightning_base.data import Corpus, prepare_for_run
 from lightning_base.distributed.forked import ForkedRank
-from lightning_base.distributed.launch import PREEMPTED, command, launch
+from lightning_base.distributed.launch import PREEMPTED, STOP_SIGNALS, Ended, command, launch
+from lightning_base.distributed.watch import Verdict, Watch
 from lightning_base.instantiation import ConfigError, instantiate
-from lightning_base.run_directory import RunDirectory, read_json
+from lightning_base.run_directory import RunDirectory
 
 RANK_ENTRY = "lightning_base.train"
+# What schedulers send ahead of time, and launchers such as submitit answer by requeueing the job.
+REQUEUE_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2)
 # Set while a table of the whole sweep is on the terminal, for all processes that a launcher may run jobs in.
 LIVE_TABLE = "LIGHTNING_BASE_LIVE_TABLE"
 
@@ -91,66 +97,81 @@ def wait_for_config(run: RunDirectory, plain: dict[str, Any], seconds: float) ->
 
 def run_tree(run: RunDirectory, config: Config, *, own_process: bool) -> str:
     """Launches the ranks, waits, and writes how it ended."""
-    interrupted = terminated = False
-    try:
-        if own_process:
-            trainer = config.trainer
-            several = command(run.path, devices=trainer.devices, num_nodes=trainer.num_nodes, entry=RANK_ENTRY)
-            alone = trainer.world_size == 1
-            output = run.output if run.output.exists() else None
-            code, terminated = launch((lambda: ForkedRank(RANK_ENTRY, run.path, output)) if alone else several, output)
-        else:
-            code = run_here(run)
-    except KeyboardInterrupt:
-        interrupted, code = True, 130
-    state = run.status().get("state")
+    shutil.rmtree(run.heartbeats, ignore_errors=True)
+    record = run.failures / f"node_{node_rank(config)}.json"
+    watch = Watch(run.heartbeats, run.failures, record, config.strategy.timeout_seconds)
+    ended = launch_ranks(run, config, record, watch.look) if own_process else run_here(run)
+    verdict = watch.verdict(ended.code) if ended.code else None
+    saved = watch.preempted() or run.status().get("state") == "preempted"
+    # Where nothing was saved, it was asked to stop before or after training: nothing went wrong either.
+    stopped = verdict is not None and (verdict.asked or (ended.asked is not None and not verdict.certain))
+    state = "preempted" if saved or stopped else "failed" if verdict is not None else "done"
+    shutil.rmtree(run.heartbeats, ignore_errors=True)
     if node_rank(config):
         # The first node writes how the job ended; here only the exit code tells.
-        state = {0: "done", PREEMPTED: "preempted"}.get(code, "failed")
         ENDED_HERE[run] = state
-    elif code == 0:
-        run.write_status("done")
-        state = "done"
-    elif terminated and state != "preempted":
-        # Asked to stop before or after the training loop: nothing went wrong, and the same command goes on.
-        run.write_status("preempted")
-        state = "preempted"
-    elif state != "preempted":
-        failure = first_failure(run)
-        run.write_status("failed", exit_code=code, **failure)
-        say(f"FAILED {shown(run.path)}: {failure['error']} (the traceback is in its status.json)")
-        state = "failed"
-    if interrupted:
+    else:
+        write_end(run, state, ended, verdict, watch.restarts)
+    if ended.asked == signal.SIGINT:
         raise KeyboardInterrupt
-    if terminated or state == "preempted":
+    if ended.asked is not None or state == "preempted":
+        if state == "preempted" and ended.asked in REQUEUE_SIGNALS and callable(ended.handler):
+            # submitit's own, which requeues this job and ends the process.
+            ended.handler(ended.asked, None)
         # Whoever preempts one job of a sweep wants the machine: the next one is not started.
         sys.exit(PREEMPTED)
-    return str(state)
+    return state
 
 
-def run_here(run: RunDirectory) -> int:
+def launch_ranks(run: RunDirectory, config: Config, record: Path, look: Callable[[], None]) -> Ended:
+    """Starts the ranks in processes of their own and waits for them."""
+    trainer = config.trainer
+    output = run.output if run.output.exists() else None
+    if trainer.world_size == 1:
+        return launch(lambda: ForkedRank(RANK_ENTRY, run.path, output), output, look)
+    nodes = {"devices": trainer.devices, "num_nodes": trainer.num_nodes, "max_restarts": config.strategy.max_restarts}
+    return launch(command(run.path, entry=RANK_ENTRY, record=record, **nodes), output, look)
+
+
+def run_here(run: RunDirectory) -> Ended:
     """With ``debug=...`` a single job with a single rank trains in this process, where a debugger works."""
     from lightning_base import train
 
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     try:
-        return train.main(run.path)
-    except KeyboardInterrupt:
-        raise
-    except SystemExit as error:
-        # Lightning leaves this way after Ctrl-C.
-        raise KeyboardInterrupt from error
+        code = train.main(run.path)
+    except (KeyboardInterrupt, SystemExit):
+        # Lightning leaves the second way after Ctrl-C.
+        return Ended(128 + signal.SIGINT, signal.SIGINT)
     except Exception:
-        return 1
+        code = 1
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if code == PREEMPTED and run.status().get("signal"):
+        asked = signal.Signals[run.status()["signal"]]
+        return Ended(code, asked, before[asked])
+    return Ended(code)
 
 
-def first_failure(run: RunDirectory) -> dict[str, Any]:
-    """What the rank that failed first has left; other ranks often fail only because that one is gone."""
-    found = [read_json(path) for path in run.failures.glob("rank_*.json")]
-    if not found:
-        error = "the process ended without a Python error: killed, or out of memory"
-        return {"error": error, "traceback": None, "rank": None}
-    first = min(found, key=lambda failure: failure["time"])
-    return {key: first[key] for key in ("error", "traceback", "rank")}
+def write_end(run: RunDirectory, state: str, ended: Ended, verdict: Verdict | None, restarts: int) -> None:
+    """Leaves in the run directory how the job ended, and tells the person at the terminal if it is not done."""
+    more = {"restarts": restarts} if restarts else {}
+    if state == "done":
+        run.write_status("done", **more)
+    elif state == "failed":
+        assert verdict is not None
+        run.write_status("failed", exit_code=ended.code, **verdict.fields(), **more)
+        who = "" if verdict.rank is None or f"rank {verdict.rank}" in verdict.error else f"rank {verdict.rank}: "
+        kept = " (the traceback is in its status.json)" if verdict.traceback else ""
+        say(f"FAILED {shown(run.path)}: {who}{verdict.error}{kept}")
+    else:
+        status = run.status()
+        step = status.get("step") if status.get("state") == "preempted" else None
+        asked = ended.asked.name if ended.asked is not None else status.get("signal")
+        run.write_status("preempted", step=step, signal=asked, **more)
+        saved = "nothing was to be saved" if step is None else f"step {step} is saved"
+        say(f"preempted {shown(run.path)} by {asked or 'a signal'}: {saved}, and the same command goes on from there")
 
 
 def check_run_directory(run: RunDirectory, plain: dict[str, Any]) -> bool:

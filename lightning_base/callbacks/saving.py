@@ -1,4 +1,4 @@
-"""When to save: every n steps, at the end, and on SIGTERM, at a step boundary and on all ranks at once."""
+"""When to save: every n steps, at the end, and when asked to stop, at a step boundary and on all ranks at once."""
 
 import signal
 from types import FrameType
@@ -7,35 +7,53 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 
+from lightning_base.distributed.launch import STOP_SIGNALS
 from lightning_base.module import LanguageModel, NonFiniteError
 from lightning_base.run_directory import RunDirectory
 
 
 class PreemptedError(Exception):
-    """The run was asked to stop, has saved, and can be resumed."""
+    """The run was asked to stop, has saved, and can be resumed.
+
+    Attributes:
+        signal: the one this rank got, None if another rank did.
+    """
+
+    def __init__(self, sentence: str, signal: str | None = None) -> None:
+        super().__init__(sentence)
+        self.signal = signal
 
 
 class Preemption(pl.Callback):
-    """Replaces Lightning's handler, which starts a collective inside the signal and ends the run with exit code 0."""
+    """Saves at the next step boundary after SIGTERM, SIGINT, SIGUSR1 or SIGUSR2 to any rank, and leaves.
+
+    Before the first step and after the last, a signal does what it did before: there is nothing to save.
+    """
 
     def __init__(self, run: RunDirectory, keep: int | None = 2) -> None:
         self.run, self.keep = run, keep
-        self.requested = False
+        self.requested: str | None = None
         self.saved = False
+        self._before: dict[int, Any] = {}
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        signal.signal(signal.SIGTERM, self._request)
+        self._before = {number: signal.signal(number, self._request) for number in STOP_SIGNALS}
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # The last step is saved: what is left can be done again, and need not hold up whoever preempts.
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        self._restore()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        # Asked to stop, a rank gets the signal more than once: from torchrun, and from whoever asks all processes.
+        if not isinstance(exception, PreemptedError):
+            self._restore()
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         # Only now has the step before been logged. An exception, not should_stop: Lightning would validate once more.
         if self.saved:
-            raise PreemptedError(f"stopped by SIGTERM after step {trainer.global_step}, with a checkpoint")
+            raise PreemptedError(f"asked to stop; step {trainer.global_step} is saved", self.requested)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -50,13 +68,22 @@ class Preemption(pl.Callback):
 
     def _requested_of_any(self, trainer: pl.Trainer) -> bool:
         """Ranks are signalled at different moments; they have to stop at the same step."""
+        requested = self.requested is not None
         if trainer.world_size == 1:
-            return self.requested
-        flag = torch.tensor(float(self.requested), device=trainer.strategy.root_device)
+            return requested
+        flag = torch.tensor(float(requested), device=trainer.strategy.root_device)
         return bool(trainer.strategy.reduce(flag, reduce_op="sum"))
 
     def _request(self, number: int, frame: FrameType | None) -> None:
-        self.requested = True
+        again = self.requested is not None
+        self.requested = signal.Signals(number).name
+        if again and number == signal.SIGINT and callable(before := self._before[number]):
+            before(number, frame)  # a second Ctrl-C where the run has the process of the command
+
+    def _restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
 
 
 class PeriodicCheckpoint(pl.Callback):
