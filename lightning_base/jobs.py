@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from lightning_base.config import Config, check_devices, check_loggers, read_con
 from lightning_base.data import Corpus, prepare_for_run
 from lightning_base.distributed.forked import ForkedRank
 from lightning_base.distributed.launch import PREEMPTED, STOP_SIGNALS, Ended, command, launch
+from lightning_base.distributed.nodes import MEETING_POINT, meeting_point
+from lightning_base.distributed.share import Share
 from lightning_base.distributed.watch import Verdict, Watch
 from lightning_base.instantiation import ConfigError, instantiate
 from lightning_base.run_directory import RunDirectory
@@ -38,14 +41,16 @@ PREPARED: dict[str, str] = {}
 ENDED_HERE: dict[RunDirectory, str] = {}
 
 
-def job(composed: DictConfig) -> str:
-    """Runs one job to its end; gives the state it ended in, or ``skipped``."""
+def job(composed: DictConfig) -> float | None:
+    """Runs one job to its end, unless it is done already; gives its validation loss, for sweepers that go by it."""
     plain = plain_config(composed)
     config = read_config(plain)
     hydra_config = HydraConfig.get()
     run = RunDirectory(Path(hydra_config.runtime.output_dir))
     STARTED.append(run)
     in_parent = hydra_config.mode == RunMode.RUN and hydra_config.runtime.choices.get("debug") is not None
+    if hydra_config.mode == RunMode.MULTIRUN and "n_jobs" in hydra_config.launcher:
+        take_share(int(hydra_config.launcher.n_jobs), config, Path(hydra_config.sweep.dir))
     check_devices(config.trainer)
     check_loggers(config.logger)
     check_nodes(config)
@@ -53,14 +58,21 @@ def job(composed: DictConfig) -> str:
     left = check_run_directory(run, plain) if first_node else run.status().get("state") != "done"
     if not left:
         say(f"skipping {shown(run.path)}: it is done")
-        return "skipped"
+        return validation_loss(run)
     prepared = prepare_data(config)
     if first_node:
         write_job(run, plain, list(hydra_config.overrides.task), prepared)
         say(f"running {shown(run.path)}")
     else:
         wait_for_config(run, plain, config.strategy.timeout_seconds)
-    return run_tree(run, config, own_process=not in_parent or config.trainer.world_size > 1)
+    state = run_tree(run, config, own_process=not in_parent or config.trainer.world_size > 1)
+    return validation_loss(run) if state == "done" else None
+
+
+def validation_loss(run: RunDirectory) -> float | None:
+    """Of the final evaluation; None where there is none."""
+    found = run.manifest().get("result", {}).get("final/loss")
+    return None if found is None else float(found)
 
 
 def write_job(run: RunDirectory, plain: dict[str, Any], overrides: list[str], prepared: str) -> None:
@@ -97,7 +109,7 @@ def wait_for_config(run: RunDirectory, plain: dict[str, Any], seconds: float) ->
 
 def run_tree(run: RunDirectory, config: Config, *, own_process: bool) -> str:
     """Launches the ranks, waits, and writes how it ended."""
-    shutil.rmtree(run.heartbeats, ignore_errors=True)
+    forget_heartbeats(run)
     record = run.failures / f"node_{node_rank(config)}.json"
     watch = Watch(run.heartbeats, run.failures, record, config.strategy.timeout_seconds)
     ended = launch_ranks(run, config, record, watch.look) if own_process else run_here(run)
@@ -106,7 +118,7 @@ def run_tree(run: RunDirectory, config: Config, *, own_process: bool) -> str:
     # Where nothing was saved, it was asked to stop before or after training: nothing went wrong either.
     stopped = verdict is not None and (verdict.asked or (ended.asked is not None and not verdict.certain))
     state = "preempted" if saved or stopped else "failed" if verdict is not None else "done"
-    shutil.rmtree(run.heartbeats, ignore_errors=True)
+    forget_heartbeats(run)
     if node_rank(config):
         # The first node writes how the job ended; here only the exit code tells.
         ENDED_HERE[run] = state
@@ -121,6 +133,13 @@ def run_tree(run: RunDirectory, config: Config, *, own_process: bool) -> str:
         # Whoever preempts one job of a sweep wants the machine: the next one is not started.
         sys.exit(PREEMPTED)
     return state
+
+
+def forget_heartbeats(run: RunDirectory) -> None:
+    """Those of this node; other nodes may have theirs beside."""
+    shutil.rmtree(run.heartbeats, ignore_errors=True)
+    with suppress(OSError):
+        run.heartbeats.parent.rmdir()
 
 
 def launch_ranks(run: RunDirectory, config: Config, record: Path, look: Callable[[], None]) -> Ended:
@@ -220,13 +239,38 @@ def node_rank(config: Config) -> int:
 
 
 def check_nodes(config: Config) -> None:
-    """Several nodes need to know of each other."""
-    missing = [name for name in ("NODE_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
-    if config.trainer.num_nodes > 1 and missing:
+    """Several nodes need to know of each other; where srun started them, it says so."""
+    if config.trainer.num_nodes == 1:
+        return
+    try:
+        found = meeting_point(os.environ, config.trainer.num_nodes)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    os.environ.update({name: value for name, value in found.items() if name not in os.environ})
+    missing = [name for name in MEETING_POINT if name not in os.environ]
+    if missing:
         raise ConfigError(
             f"trainer.num_nodes={config.trainer.num_nodes} needs the environment variables {', '.join(missing)}: "
-            "set them on every node"
+            "set them on every node, or start one task on each with srun"
         )
+
+
+def take_share(jobs_at_a_time: int, config: Config, sweep: Path) -> None:
+    """Where a launcher runs jobs side by side, gives this one its cores and GPUs.
+
+    Raises:
+        ConfigError: there are not enough GPUs.
+    """
+    import torch
+
+    slots = jobs_at_a_time if jobs_at_a_time > 0 else len(os.sched_getaffinity(0))
+    gpus = torch.cuda.device_count() if config.trainer.accelerator != "cpu" and torch.cuda.is_available() else 0
+    if gpus and slots * config.trainer.devices > gpus:
+        raise ConfigError(
+            f"hydra.launcher.n_jobs={jobs_at_a_time} jobs side by side with trainer.devices={config.trainer.devices} "
+            f"need {slots * config.trainer.devices} GPUs, but this machine has {gpus}: run fewer at a time"
+        )
+    Share.take(sweep / ".slots", slots, config.trainer.devices if gpus else 0)
 
 
 def prepare_data(config: Config) -> str:

@@ -1,6 +1,7 @@
 """A sweep: checked whole before its first job starts, so that the last arm's mistake does not show after hours."""
 
 import hashlib
+import importlib.util
 import os
 import re
 import sys
@@ -11,6 +12,7 @@ from typing import Any, TextIO
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import IntervalSweep, Override, Transformer
 from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
@@ -51,23 +53,19 @@ class CheckSweep(Callback):
             sys.exit(BAD_INPUT)
 
     def _check(self, config: DictConfig) -> None:
-        from hydra.core.global_hydra import GlobalHydra
-
-        loader = GlobalHydra.instance().config_loader()
+        check_plugins(config)
         sweep = Path(config.hydra.sweep.dir)
+        if not jobs_are_known(config.hydra.sweeper._target_):
+            # Each job is checked when it comes; what is common to all of them is checked now.
+            checked, _, _ = check_job(config, first_point(config))
+            prepare_data(checked)
+            write_json(sweep / "sweep.json", {"jobs": {}})
+            return
         jobs: list[RunDirectory] = []
         corpora: list[Config] = []
         combinations = expand(config)
         for overrides in combinations:
-            composed = loader.load_sweep_config(config, list(overrides))
-            HydraConfig.instance().set_config(composed)
-            subdirectory = str(composed.hydra.sweep.subdir)
-            plain = plain_config(composed)
-            checked = read_config(plain)
-            check_devices(checked.trainer)
-            check_loggers(checked.logger)
-            check_nodes(checked)
-            run = RunDirectory(sweep / subdirectory)
+            checked, plain, run = check_job(config, overrides)
             if node_rank(checked) == 0:
                 check_run_directory(run, plain)
             if run in jobs:
@@ -99,14 +97,65 @@ def takes_a_table(stream: TextIO) -> bool:
     return stream.isatty() and os.environ.get("TERM", "dumb") not in ("dumb", "unknown")
 
 
+def check_job(config: DictConfig, overrides: Sequence[str]) -> tuple[Config, dict[str, Any], RunDirectory]:
+    """One job of a sweep, composed and checked; nothing of it is started."""
+    from hydra.core.global_hydra import GlobalHydra
+
+    composed = GlobalHydra.instance().config_loader().load_sweep_config(config, list(overrides))
+    HydraConfig.instance().set_config(composed)
+    plain = plain_config(composed)
+    checked = read_config(plain)
+    check_devices(checked.trainer)
+    check_loggers(checked.logger)
+    check_nodes(checked)
+    return checked, plain, RunDirectory(Path(config.hydra.sweep.dir) / str(composed.hydra.sweep.subdir))
+
+
+def check_plugins(config: DictConfig) -> None:
+    """Raises ConfigError for a launcher or sweeper whose package is an extra that is not installed."""
+    for kind in ("launcher", "sweeper"):
+        package = ".".join(str(config.hydra[kind]._target_).split(".")[:2])
+        if package.startswith("hydra_plugins.") and importlib.util.find_spec(package) is None:
+            name, extra = config.hydra.runtime.choices[f"hydra/{kind}"], package.split("_")[2]
+            raise ConfigError(
+                f"hydra/{kind}={name} needs a package that is not installed: "
+                f".venv/bin/pip install -c constraints.txt -e '.[{extra}]', or choose hydra/{kind}=basic"
+            )
+
+
+def jobs_are_known(sweeper: str) -> bool:
+    """Whether all jobs of a sweep are known before the first one: Hydra's own sweeper takes every combination."""
+    return sweeper.endswith(".BasicSweeper")
+
+
+def written_overrides(config: DictConfig) -> list[Override]:
+    """What a sweep varies and what it fixes, from the configuration of its sweeper and from the command line."""
+    parameters = OmegaConf.select(config, "hydra.sweeper.params") or {}
+    written = [f"{key}={value}" for key, value in parameters.items()] + list(config.hydra.overrides.task)
+    return OverridesParser.create().parse_overrides(written)
+
+
 def expand(config: DictConfig) -> Sequence[Sequence[str]]:
     """The overrides of every job of a sweep, as Hydra's basic sweeper will make them."""
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 
-    parameters = OmegaConf.select(config, "hydra.sweeper.params") or {}
-    written = [f"{key}={value}" for key, value in parameters.items()] + list(config.hydra.overrides.task)
-    parsed = OverridesParser.create().parse_overrides(written)
-    return [overrides for batch in BasicSweeper.split_arguments(parsed, None) for overrides in batch]
+    batches = BasicSweeper.split_arguments(written_overrides(config), None)
+    return [overrides for batch in batches for overrides in batch]
+
+
+def first_point(config: DictConfig) -> list[str]:
+    """The overrides of a job at the beginning of everything that a sweeper may vary."""
+    point = []
+    for override in written_overrides(config):
+        value = override.value()
+        if isinstance(value, IntervalSweep):
+            point.append(f"{override.get_key_element()}={value.start}")
+        elif override.is_sweep_override():
+            first = next(iter(override.sweep_iterator(transformer=Transformer.encode)))
+            point.append(f"{override.get_key_element()}={first}")
+        else:
+            point.append(str(override.input_line))
+    return point
 
 
 def job_labels(combinations: Sequence[Sequence[str]]) -> list[str]:

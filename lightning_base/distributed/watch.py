@@ -26,8 +26,8 @@ IN_VAIN = re.compile(
     rf"{TIMED_OUT.pattern}|(closed|reset) by peer|broken pipe|remote process exited|Dist(Backend|Network)Error",
     re.IGNORECASE,
 )
-# A stack with one of these waits for other ranks.
-COLLECTIVE = re.compile(r"torch/distributed/|_engine_run_backward")
+# Where a rank is that waits for others: in a collective, or in the backward pass, of which DDP's are a part.
+COLLECTIVE = re.compile(r"distributed_c10d|functional_collectives|distributed/nn/functional|_engine_run_backward")
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,8 @@ class Watch:
         restart = max((beat.restart for beat in beats.values()), default=0)
         ends = {end["rank"]: end for end in read_json(self.record).get("ends", []) if end["pid"] not in self._killed}
         if not ends and code > 128 and len(beats) == 1:
-            ends = {rank: {"rank": rank, "pid": beat.pid, "code": 128 - code} for rank, beat in beats.items()}
+            alone = [(rank, beat.pid) for rank, beat in beats.items() if beat.pid not in self._killed]
+            ends = {rank: {"rank": rank, "pid": pid, "code": 128 - code} for rank, pid in alone}
         signals = {rank: signal.Signals(-end["code"]) for rank, end in ends.items() if end["code"] < 0}
         left = self._left(restart)
         in_vain = all(IN_VAIN.search(found["error"]) for found in left)
@@ -182,7 +183,7 @@ class Watch:
             return self._stands(min(behind, key=lambda beat: (beat.round, beat.count)))
         for beat in left.values():
             stack = stack_of(self.beats, beat)
-            if stack and not COLLECTIVE.search(main_thread(stack)):
+            if stack and not waits(stack):
                 return self._stands(beat, stack=stack)
         return None
 
@@ -193,9 +194,13 @@ class Watch:
         return Verdict(f"rank {beat.rank} does not answer{_where(beat)}: it hangs there", stack or None, beat.rank)
 
 
-def main_thread(stack: str) -> str:
-    """The part of a dump of all threads' stacks that is about the main thread, which Python writes last."""
-    return re.split(r"^(?:Current thread|Thread) ", stack, flags=re.MULTILINE)[-1]
+def waits(stack: str) -> bool:
+    """Whether the main thread waits for other ranks, by a dump of all threads' stacks.
+
+    Python writes the main thread last, and the innermost call first.
+    """
+    main = re.split(r"^(?:Current thread|Thread) ", stack, flags=re.MULTILINE)[-1]
+    return any(COLLECTIVE.search(line) for line in main.splitlines()[1:3])
 
 
 def _is_stopped(process: psutil.Process) -> bool:
