@@ -21,8 +21,8 @@ from lightning_base.config import Config, check_devices, check_loggers, read_con
 from lightning_base.data import Corpus, prepare_for_run
 from lightning_base.distributed.forked import ForkedRank
 from lightning_base.distributed.launch import PREEMPTED, STOP_SIGNALS, Ended, command, launch
-from lightning_base.distributed.nodes import MEETING_POINT, meeting_point
 from lightning_base.distributed.share import Share
+from lightning_base.distributed.slurm import MEETING_POINT, is_preempting, meeting_point
 from lightning_base.distributed.watch import Verdict, Watch
 from lightning_base.instantiation import ConfigError, instantiate
 from lightning_base.run_directory import RunDirectory
@@ -127,12 +127,23 @@ def run_tree(run: RunDirectory, config: Config, *, own_process: bool) -> str:
     if ended.asked == signal.SIGINT:
         raise KeyboardInterrupt
     if ended.asked is not None or state == "preempted":
-        if state == "preempted" and ended.asked in REQUEUE_SIGNALS and callable(ended.handler):
-            # submitit's own, which requeues this job and ends the process.
-            ended.handler(ended.asked, None)
+        if state == "preempted":
+            requeue(ended)
         # Whoever preempts one job of a sweep wants the machine: the next one is not started.
         sys.exit(PREEMPTED)
     return state
+
+
+def requeue(ended: Ended) -> None:
+    """Lets the launcher that runs this process queue the job again, which ends the process; nothing without one.
+
+    submitit answers SIGUSR2 so. Slurm may send SIGTERM instead, and takes a job that then ends by itself for done.
+    """
+    if ended.asked in REQUEUE_SIGNALS and callable(ended.handler):
+        ended.handler(ended.asked, None)
+    handler = signal.getsignal(signal.SIGUSR2)
+    if ended.asked == signal.SIGTERM and callable(handler) and is_preempting():
+        handler(signal.SIGUSR2, None)
 
 
 def forget_heartbeats(run: RunDirectory) -> None:

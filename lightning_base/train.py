@@ -280,6 +280,7 @@ def quiet() -> None:
         ".*Checkpoint directory .* exists and is not empty.*",
         ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*",
         ".*GPU available but not used.*",
+        ".*`srun` command is available on your system but is not used.*",  # torchrun starts the ranks
     ):
         warnings.filterwarnings("ignore", message=message)
 

@@ -1,5 +1,8 @@
-"""Where several nodes meet: three environment variables, or what Slurm has in their place."""
+"""What Slurm tells a job: where its nodes meet, and whether it is being pre-empted."""
 
+import os
+import re
+import subprocess
 from collections.abc import Mapping
 
 MEETING_POINT = ("NODE_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -32,3 +35,15 @@ def meeting_point(environment: Mapping[str, str], num_nodes: int) -> dict[str, s
     port = FIRST_PORT + (int(environment["SLURM_JOB_ID"]) * 31 + int(environment["SLURM_STEP_ID"])) % PORTS
     address = SLURMEnvironment.resolve_root_node_address(nodes)
     return dict(zip(MEETING_POINT, (environment["SLURM_NODEID"], address, str(port)), strict=True))
+
+
+def is_preempting() -> bool:
+    """Whether the SIGTERM of a job came because Slurm wants its place for another one, and not to cancel it."""
+    try:
+        said = subprocess.run(
+            ["scontrol", "show", "job", os.environ["SLURM_JOB_ID"]], capture_output=True, text=True, timeout=30
+        ).stdout
+    except (KeyError, OSError, subprocess.TimeoutExpired):
+        return False
+    found = re.search(r"PreemptTime=(\S+)", said)
+    return found is not None and found.group(1) != "None"
