@@ -265,6 +265,11 @@ def _check_across(config: Config) -> None:
             f"trainer.devices={trainer.devices} and trainer.num_nodes={trainer.num_nodes} need several processes, "
             "which strategy=single does not start: add strategy=ddp"
         )
+    if trainer.num_nodes > 1 and config.strategy.max_restarts:
+        raise ConfigError(
+            f"strategy.max_restarts={config.strategy.max_restarts} works on one node, and "
+            f"trainer.num_nodes={trainer.num_nodes}: leave it at 0, and start the same command again"
+        )
     check_batch(
         config.data.global_batch, trainer.world_size, trainer.accumulate_grad_batches, config.data.routing_group
     )

@@ -118,12 +118,13 @@ def run_tree(run: RunDirectory, config: Config, *, own_process: bool) -> str:
     # Where nothing was saved, it was asked to stop before or after training: nothing went wrong either.
     stopped = verdict is not None and (verdict.asked or (ended.asked is not None and not verdict.certain))
     state = "preempted" if saved or stopped else "failed" if verdict is not None else "done"
+    restarts = watch.restarts
     forget_heartbeats(run)
     if node_rank(config):
         # The first node writes how the job ended; here only the exit code tells.
         ENDED_HERE[run] = state
     else:
-        write_end(run, state, ended, verdict, watch.restarts)
+        write_end(run, state, ended, verdict, restarts)
     if ended.asked == signal.SIGINT:
         raise KeyboardInterrupt
     if ended.asked is not None or state == "preempted":

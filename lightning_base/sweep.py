@@ -34,6 +34,9 @@ from lightning_base.jobs import (
 )
 from lightning_base.run_directory import RunDirectory, write_json
 
+# Launchers and sweepers that pyproject.toml has an extra for.
+EXTRAS = ("joblib", "optuna", "submitit")
+
 
 class CheckSweep(Callback):
     """A Hydra callback: checks all jobs of a sweep before the first one starts, and notes them in sweep.json."""
@@ -116,10 +119,12 @@ def check_plugins(config: DictConfig) -> None:
     for kind in ("launcher", "sweeper"):
         package = ".".join(str(config.hydra[kind]._target_).split(".")[:2])
         if package.startswith("hydra_plugins.") and importlib.util.find_spec(package) is None:
-            name, extra = config.hydra.runtime.choices[f"hydra/{kind}"], package.split("_")[2]
+            name = config.hydra.runtime.choices[f"hydra/{kind}"]
+            extra = package.split("_")[2]
+            how = f": .venv/bin/pip install -c constraints.txt -e '.[{extra}]'" if extra in EXTRAS else ""
             raise ConfigError(
-                f"hydra/{kind}={name} needs a package that is not installed: "
-                f".venv/bin/pip install -c constraints.txt -e '.[{extra}]', or choose hydra/{kind}=basic"
+                f"hydra/{kind}={name} needs the package {package.split('.')[1].replace('_', '-')}, which is not "
+                f"installed{how}; or choose hydra/{kind}=basic"
             )
 
 
@@ -139,7 +144,13 @@ def expand(config: DictConfig) -> Sequence[Sequence[str]]:
     """The overrides of every job of a sweep, as Hydra's basic sweeper will make them."""
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 
-    batches = BasicSweeper.split_arguments(written_overrides(config), None)
+    written = written_overrides(config)
+    for override in written:
+        if isinstance(override.value(), IntervalSweep):
+            raise ConfigError(
+                f"{override.input_line}: interval(...) needs a sweeper that chooses from it: hydra/sweeper=search"
+            )
+    batches = BasicSweeper.split_arguments(written, None)
     return [overrides for batch in batches for overrides in batch]
 
 

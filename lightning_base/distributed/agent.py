@@ -4,6 +4,7 @@ It prints its account of a failure for people; whoever launched it needs exit co
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -14,8 +15,12 @@ from torch.distributed.run import parse_args, run
 
 def main(record: Path, arguments: list[str]) -> int:
     """Runs the ranks to their end; gives the exit code."""
+    options = parse_args(arguments)
+    if options.max_restarts:
+        # Ranks that start anew would find in torchrun's store the addresses of those before them.
+        os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     try:
-        run(parse_args(arguments))
+        run(options)
     except ChildFailedError as error:
         # In the order in which it noticed; those it ended itself come last.
         ends = [{"rank": rank, "pid": end.pid, "code": end.exitcode} for rank, end in error.failures.items()]
