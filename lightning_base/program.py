@@ -15,9 +15,10 @@ from omegaconf.errors import OmegaConfBaseException
 from lightning_base.distributed.launch import PREEMPTED
 from lightning_base.explain import BAD_INPUT, explain
 from lightning_base.instantiation import ConfigError
-from lightning_base.jobs import ENDED_HERE, STARTED, job, say, shown
+from lightning_base.jobs import STARTED, job
 from lightning_base.run_directory import RunDirectory
 from lightning_base.sweep import CheckSweep, job_name, jobs_are_known
+from lightning_base.tree import ENDED_HERE, say, shown
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 

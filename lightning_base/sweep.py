@@ -23,16 +23,13 @@ from lightning_base.distributed.forked import warm_up
 from lightning_base.explain import BAD_INPUT, explain
 from lightning_base.instantiation import ConfigError
 from lightning_base.jobs import (
-    LIVE_TABLE,
-    RANK_ENTRY,
     check_nodes,
     check_run_directory,
-    node_rank,
     plain_config,
     prepare_data,
-    shown,
 )
 from lightning_base.run_directory import RunDirectory, write_json
+from lightning_base.tree import LIVE_TABLE, RANK_ENTRY, node_rank, shown
 
 # Launchers and sweepers that pyproject.toml has an extra for.
 EXTRAS = ("joblib", "optuna", "submitit")

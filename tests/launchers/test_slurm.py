@@ -112,7 +112,7 @@ def wait_for(condition: Callable[[], bool], seconds: float) -> None:
 def test_a_job_that_slurm_pre_empts_saves_is_queued_again_and_goes_on(
     slurm: dict[str, str], small_corpus: list[str], tmp_path: Path
 ) -> None:
-    steps = ("trainer.max_steps=300", "trainer.validate_every_n_steps=100", "trainer.checkpoint_every_n_steps=1000")
+    steps = ("trainer.max_steps=150", "trainer.validate_every_n_steps=75", "trainer.checkpoint_every_n_steps=1000")
     cluster = ("hydra/launcher=slurm", "hydra.launcher.partition=low", "hydra.launcher.cpus_per_task=2")
     ranks = ("strategy=ddp", "trainer.devices=2", "seed=1,2", f"runs_dir={tmp_path}")
     command = program.command("-m", *small_corpus, *steps, *cluster, *ranks)
@@ -135,4 +135,4 @@ def test_a_job_that_slurm_pre_empts_saves_is_queued_again_and_goes_on(
     for name, path in program.jobs(tmp_path).items():
         if not name.startswith("."):
             assert program.read(path / "status.json")["state"] == "done"
-            assert [step for step, _ in program.series(path, "train/loss")] == list(range(1, 301))
+            assert [step for step, _ in program.series(path, "train/loss")] == list(range(1, 151))
