@@ -4,12 +4,16 @@ import hashlib
 import importlib.util
 import os
 import re
+import signal
 import sys
+import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from types import FrameType
 from typing import Any, TextIO
 
+import psutil
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override, Transformer
@@ -20,6 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lightning_base.config import Config, check_devices, check_loggers, read_config
 from lightning_base.distributed.forked import warm_up
+from lightning_base.distributed.launch import GRACE_SECONDS, LOOK_SECONDS, PREEMPTED, STOP_SIGNALS
 from lightning_base.explain import BAD_INPUT, explain
 from lightning_base.instantiation import ConfigError
 from lightning_base.jobs import (
@@ -55,6 +60,8 @@ class CheckSweep(Callback):
     def _check(self, config: DictConfig) -> None:
         check_plugins(config)
         sweep = Path(config.hydra.sweep.dir)
+        if "n_jobs" in config.hydra.launcher:
+            stop_with_workers(sweep)
         if not jobs_are_known(config.hydra.sweeper._target_):
             # Each job is checked when it comes; what is common to all of them is checked now.
             checked, _, _ = check_job(config, first_point(config))
@@ -90,6 +97,31 @@ class CheckSweep(Callback):
         os.environ[LIVE_TABLE] = "1"
         CheckSweep.display.callback(os.environ.pop, LIVE_TABLE, None)
         CheckSweep.display.enter_context(LiveTable(jobs))
+
+
+def stop_with_workers(sweep: Path) -> None:
+    """Where worker processes run the jobs, a signal to this one reaches them, and it waits until their jobs have saved.
+
+    joblib would kill them with all that they have started, or leave them to train on.
+    """
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        # Another one than what a terminal may have sent them: the same one twice would kill their jobs.
+        passed_on = signal.SIGTERM if number == signal.SIGUSR1 else signal.SIGUSR1
+        for worker in psutil.Process().children():
+            if "loky" in " ".join(worker.cmdline()) and "resource_tracker" not in " ".join(worker.cmdline()):
+                worker.send_signal(passed_on)
+        deadline = time.monotonic() + GRACE_SECONDS + LOOK_SECONDS
+        while any(RunDirectory(path.parent).is_alive() for path in sweep.glob("*/status.json")):
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.2)
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
+        sys.exit(PREEMPTED)
+
+    for number in STOP_SIGNALS:
+        signal.signal(number, stop)
 
 
 def takes_a_table(stream: TextIO) -> bool:

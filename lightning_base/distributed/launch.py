@@ -141,17 +141,20 @@ def _environment(logs: str) -> dict[str, str]:
 
 @contextmanager
 def _forward_signals(child: Root) -> Iterator[list[tuple[signal.Signals, Any]]]:
-    """While inside, the first signal reaches the whole tree as SIGTERM, and a second one kills it.
+    """While inside, the first signal reaches the whole tree as SIGTERM, and the same one again kills it.
 
-    Gives what has come, each with what handled it before.
+    Another one is the same wish, of a terminal or a scheduler that tells everybody. Gives what has come, each with what
+    handled it before.
     """
     received: list[tuple[signal.Signals, Any]] = []
 
     def forward(number: int, frame: FrameType | None) -> None:
-        received.append((signal.Signals(number), before[number]))
-        _signal_group(child, signal.SIGTERM if len(received) == 1 else signal.SIGKILL)
-        if len(received) == 1:
+        if any(number == other for other, _ in received):
+            _signal_group(child, signal.SIGKILL)
+        elif not received:
+            _signal_group(child, signal.SIGTERM)
             signal.alarm(GRACE_SECONDS)
+        received.append((signal.Signals(number), before[number]))
 
     def give_up(number: int, frame: FrameType | None) -> None:
         _signal_group(child, signal.SIGKILL)

@@ -122,7 +122,8 @@ class Watch:
         beats = self._current()
         restart = max((beat.restart for beat in beats.values()), default=0)
         ends = {end["rank"]: end for end in read_json(self.record).get("ends", []) if end["pid"] not in self._killed}
-        if not ends and code > 128 and len(beats) == 1:
+        by_signal = code - 128 in set(signal.Signals)
+        if not ends and by_signal and len(beats) == 1:
             alone = [(rank, beat.pid) for rank, beat in beats.items() if beat.pid not in self._killed]
             ends = {rank: {"rank": rank, "pid": pid, "code": 128 - code} for rank, pid in alone}
         signals = {rank: signal.Signals(-end["code"]) for rank, end in ends.items() if end["code"] < 0}
@@ -149,7 +150,7 @@ class Watch:
         if left:
             first = min(left, key=lambda found: (bool(IN_VAIN.search(found["error"])), found["time"]))
             return Verdict(first["error"], first["traceback"], first["rank"])
-        if code > 128:
+        if by_signal:
             return Verdict(f"the process that starts the ranks was killed by {signal.Signals(code - 128).name}")
         return Verdict(f"the ranks ended without a Python error, with exit code {code}")
 

@@ -35,7 +35,9 @@ def test_a_signal_saves_the_step_and_the_run_can_go_on(
 ) -> None:
     several = ("strategy=ddp", "trainer.devices=2") if ranks == 2 else ()
     # A sweep of one job trains in a process of its own, as any job without debug=... does.
-    process = program.start("-m", *small_corpus, *LONG, *several, "seed=1", f"runs_dir={tmp_path}")
+    # Workers of the loader are among everybody, and are needed for one more step.
+    loaded = "data.num_workers=1" if to == "everybody" else "data.num_workers=0"
+    process = program.start("-m", *small_corpus, *LONG, *several, loaded, "seed=1", f"runs_dir={tmp_path}")
     directory = wait_for_step(tmp_path, 13, process)
     pids = {
         "rank": lambda: [rank_processes(directory, ranks)[ranks - 1]],

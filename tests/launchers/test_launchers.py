@@ -2,12 +2,27 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import program
 import pytest
 from omegaconf import OmegaConf
+
+
+def start_anew(*arguments: str) -> subprocess.Popen:
+    """The program as a terminal starts it, in a process group of its own."""
+    return subprocess.Popen(
+        [sys.executable, *program.command(*arguments)],
+        env=program.environment(),
+        cwd=program.REPOSITORY,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+
 
 TWO_RANKS = ("strategy=ddp", "trainer.devices=2", "seed=1,2")
 
@@ -48,6 +63,26 @@ def test_a_job_that_submitit_pre_empts_saves_and_is_queued_again(small_corpus: l
     assert "by SIGUSR2: step " in said
     # No checkpoint was due: what the second attempt went on from is the one it saved.
     assert [step for step, _ in program.series(directory, "train/loss")] == list(range(1, 101))
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("to", ["command", "everybody"])
+def test_jobs_side_by_side_save_when_the_command_is_asked_to_stop(
+    to: str, small_corpus: list[str], tmp_path: Path
+) -> None:
+    long = ("trainer.max_steps=400", "trainer.validate_every_n_steps=200", "trainer.checkpoint_every_n_steps=1000")
+    process = start_anew("-m", *small_corpus, *long, "hydra/launcher=parallel", "seed=1,2,3", f"runs_dir={tmp_path}")
+    deadline = time.monotonic() + 200
+    while sum(len(program.series(p.parent, "train/loss")) >= 13 for p in tmp_path.glob("*/*/metrics.csv")) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    (os.killpg if to == "everybody" else os.kill)(process.pid, signal.SIGTERM)
+    process.communicate(timeout=120)
+    assert process.returncode == 143
+    states = [program.read(path) for path in tmp_path.glob("*/*/status.json")]
+    assert [status["state"] for status in states] == ["preempted", "preempted"]
+    for path in tmp_path.glob("*/*/status.json"):
+        assert (path.parent / "checkpoints" / f"step_{program.read(path)['step']}.ckpt").exists()
 
 
 def test_optuna_goes_by_the_validation_loss_and_the_same_command_goes_on(
