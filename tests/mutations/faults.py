@@ -392,8 +392,9 @@ FAULTS = [
     Fault(
         "a mistake in the last arm of a sweep shows when its turn has come",
         "sweep.py",
-        "            checked = read_config(plain)\n",
-        "            checked = read_config(plain) if not jobs else corpora[0]\n",
+        "            checked, plain, run = check_job(config, overrides)\n",
+        "            plain, run = {}, RunDirectory(sweep / str(len(jobs)))\n"
+        "            checked = corpora[0] if jobs else check_job(config, overrides)[0]\n",
         "test_bad_input.py -k sweep",
     ),
     Fault(
