@@ -231,8 +231,8 @@ FAULTS = [
     Fault(
         "the fingerprint of batches is that of the first rank",
         "callbacks/certificate.py",
-        "            parts = gathered\n",
-        "            parts = gathered[:1]\n",
+        "parts = over_ranks((self.total, self.sequences))\n",
+        "parts = over_ranks((self.total, self.sequences))[:1]\n",
         "distributed/test_world_size_changes_nothing.py",
     ),
     Fault(
