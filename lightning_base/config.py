@@ -12,6 +12,7 @@ from typing import Any, Literal
 from lightning_base.instantiation import ConfigError, check_arguments, instantiate
 from lightning_base.model import sparse_positions
 from lightning_base.moe.experts import Activation
+from lightning_base.moe.shuffle import check_shuffle
 from lightning_base.plugins import declare
 from lightning_base.routing.router import Router
 from lightning_base.trainer_arguments import check_trainer_argument
@@ -36,6 +37,7 @@ class ModelConfig:
     sublayers: int = 1
     split_width: bool = True
     router_norm: bool = True
+    shuffle_tokens: bool | int = False
 
     def __post_init__(self) -> None:
         for key in ("width", "depth", "heads", "ffn_width", "sublayers"):
@@ -44,6 +46,9 @@ class ModelConfig:
         if self.positions == "rotary":
             head = self.width // self.heads
             require(head % 2 == 0, "model.heads", self.heads, f"rotary positions need an even head width, not {head}")
+        shuffle = isinstance(self.shuffle_tokens, bool) or self.shuffle_tokens >= 1
+        accepted = "give true, false, or the number of sequences to shuffle among"
+        require(shuffle, "model.shuffle_tokens", self.shuffle_tokens, accepted)
         try:
             sparse_positions(self.sparse_layers, self.depth, self.placement)
         except ValueError as error:
@@ -289,6 +294,19 @@ def _check_across(config: Config) -> None:
     check_batch(
         config.data.global_batch, trainer.world_size, trainer.accumulate_grad_batches, config.data.routing_group
     )
+    if config.model.shuffle_tokens is not False:
+        if trainer.record_plans:
+            raise ConfigError(
+                "trainer.record_plans=true with model.shuffle_tokens: a recording is looked up by the tokens of whole "
+                "routing groups, which the shuffle deals out; set one of the two to false"
+            )
+        check_shuffle(
+            config.model.shuffle_tokens,
+            router,
+            routing_group=config.data.routing_group,
+            global_batch=config.data.global_batch,
+            accumulation=trainer.accumulate_grad_batches,
+        )
     start = config.module.initial_weights
     if start is not None:
         from lightning_base.checkpoint import verify

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.nn import functional as F
@@ -20,6 +21,7 @@ from lightning_base.gradients import clip_gradients, gradient_norm, local
 from lightning_base.instantiation import instantiate
 from lightning_base.metrics.language_model import LanguageModelLoss
 from lightning_base.model import Transformer, initialize
+from lightning_base.moe.exchange import Exchange
 from lightning_base.moe.layer import set_evaluation_mode, without_exchange
 from lightning_base.reduction import sum_over_ranks
 from lightning_base.routing.plan import RoutingPlan
@@ -134,7 +136,10 @@ class LanguageModel(pl.LightningModule):
         self._step_counts: StepCounts = {}
 
     def setup(self, stage: str) -> None:
-        """Takes from the data, if it knows them, the bytes of each token, for bits per byte, and its frequency."""
+        """Takes from the data, if it knows them, the bytes of each token, for bits per byte, and its frequency.
+
+        With several ranks, lets the tokens of a shuffle go from one to another.
+        """
         prepared = getattr(getattr(self.trainer, "datamodule", None), "prepared", None)
         if prepared is not None:
             known = torch.from_numpy(prepared.bytes_per_token)
@@ -145,6 +150,11 @@ class LanguageModel(pl.LightningModule):
                 token_counts[: len(known)] = torch.from_numpy(prepared.train.token_counts(len(known))).to(token_counts)
                 for router in routers:
                     router.prepare(token_counts)
+        padding = getattr(getattr(self.trainer, "datamodule", None), "packing", None) != "packed"
+        for layer in self.model.sparse_layers.values():
+            if layer.shuffle is not None and self.trainer.world_size > 1:
+                assert dist.group.WORLD is not None
+                layer.shuffle.exchange, layer.shuffle.padding = Exchange(dist.group.WORLD), padding
 
     def forward(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, RoutingPlan]]:
         """Logits [B, L, V] and the plan of each sparse layer."""
@@ -159,6 +169,8 @@ class LanguageModel(pl.LightningModule):
         return output.logits, output.plans
 
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
+        micro_batch = batch_idx % self.trainer.accumulate_grad_batches
+        self._shuffle_as(micro_batch)
         logits, plans = self(batch)
         nll = F.cross_entropy(
             full_precision(logits.flatten(0, 1)), batch["targets"].flatten(), ignore_index=IGNORED, reduction="sum"
@@ -168,7 +180,7 @@ class LanguageModel(pl.LightningModule):
             for name, value in self.model.sparse_layers[layer].router.step_sums(plan).items():
                 sums[name] = sums[name] + value if name in sums else value
         parts = self.trainer.world_size * self.trainer.accumulate_grad_batches
-        if batch_idx % self.trainer.accumulate_grad_batches == 0:
+        if micro_batch == 0:
             self._step_counts = self._count_step(plans, batch)
         share = nll / batch["step_targets"].reshape(-1)[0]
         loss = share * parts
@@ -182,6 +194,9 @@ class LanguageModel(pl.LightningModule):
             self._raise_if_not_finite(batch, None)
         self.last_checkpoint, self.unproven_checkpoint = self.unproven_checkpoint or self.last_checkpoint, None
         return loss
+
+    def on_train_batch_end(self, outputs: object, batch: Mapping[str, Tensor], batch_idx: int) -> None:
+        self._shuffle_as(None)
 
     def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
         logits, _ = self(batch)
@@ -318,12 +333,22 @@ class LanguageModel(pl.LightningModule):
         counts = step_counts(plans)
         if not counts:
             return {}
-        for part in batch.get("ahead", ()):
+        for number, part in enumerate(batch.get("ahead", ()), 1):
+            self._shuffle_as(number)
             document = None if self.attend_across_documents else part["document"]
             with torch.no_grad():
                 more = step_counts(self._forward[0](part["input_ids"], valid_or_none(part), document).plans)
             counts = {key: count + more[key] for key, count in counts.items()}
+        self._shuffle_as(0)  # activation checkpointing computes the first pass again
         return sum_over_ranks(counts, self._reduce)
+
+    def _shuffle_as(self, micro_batch: int | None) -> None:
+        """Which micro batch of this step the passes that follow are of; None: they are of no step."""
+        for layer in self.model.sparse_layers.values():
+            if layer.shuffle is not None and micro_batch is not None:
+                layer.shuffle.begin(self.global_step, micro_batch)
+            elif layer.shuffle is not None:
+                layer.shuffle.end()
 
     def _reduce(self, value: Tensor) -> Tensor:
         reduced = self.trainer.strategy.reduce(value, reduce_op="sum")
@@ -342,6 +367,7 @@ class LanguageModel(pl.LightningModule):
 
     def _raise_if_not_finite(self, batch: Mapping[str, Tensor], cause: Exception | None) -> None:
         """Runs the batch again with an eye on every block, and names the first that is not finite."""
+        self._shuffle_as(None)  # this rank may be the only one that is here
         broken: list[str] = []
 
         def watch(name: str, output: Any) -> None:

@@ -29,6 +29,7 @@ from lightning_base.callbacks.assignment import AssignmentMonitor
 from lightning_base.callbacks.causality import CausalityMonitor, DropByPosition
 from lightning_base.callbacks.certificate import BatchFingerprint, Certificate
 from lightning_base.callbacks.clock import TrainingClock
+from lightning_base.callbacks.communication import Communication
 from lightning_base.callbacks.compute_balance import ComputeBalance
 from lightning_base.callbacks.expert_load import ExpertLoadLogger
 from lightning_base.callbacks.heartbeat import Pulse
@@ -103,7 +104,8 @@ def run(config: Config, directory: Path, heart: Heartbeat | None = None) -> Resu
     balance = ComputeBalance(directory / "compute_balance.csv", every, resumed_step)
     causality, gap = CausalityMonitor(), RoutingGap()
     # The step is taken apart next to the clock, so that the work of the other callbacks is in neither.
-    callbacks: list[pl.Callback] = [clock, StepTime(every, clock), fingerprint, load, Certificate(job, plain)]
+    callbacks: list[pl.Callback] = [clock, StepTime(every, clock), Communication(job, every, resumed_step)]
+    callbacks += [fingerprint, load, Certificate(job, plain)]
     callbacks += [MachineMonitor(every, clock), AssignmentMonitor(every), balance, causality, gap, RoutingChange()]
     callbacks.append(DropByPosition(directory / "drop_by_position.csv", every, resumed_step))
     callbacks += [Alarms(job, every), Arrangement()]

@@ -69,6 +69,10 @@ CASES = {
         ["strategy=fsdp", "trainer.devices=2", "trainer.precision=16-mixed"],
         "trainer.precision=16-mixed with strategy=fsdp",
     ),
+    "a shuffle over micro batches that are not there yet": (
+        ["model.shuffle_tokens=true", "trainer.accumulate_grad_batches=2"],
+        "shuffle among the sequences of one, model.shuffle_tokens=8, or among fewer",
+    ),
     "nodes that do not know of each other": (
         ["strategy=ddp", "trainer.num_nodes=2", "trainer.accelerator=cpu"],
         "needs the environment variables NODE_RANK",

@@ -22,7 +22,13 @@ VOCABULARY, LENGTH, WIDTH, SEQUENCES, GROUP = 48, 8, 16, 8, 2
 
 
 def language_model(
-    router: str, *, max_steps: int, learning_rate: float = 3e-3, depth: int = 2, **options: Any
+    router: str,
+    *,
+    max_steps: int,
+    learning_rate: float = 3e-3,
+    depth: int = 2,
+    shuffle_tokens: bool | int = False,
+    **options: Any,
 ) -> LanguageModel:
     """A model of two blocks, the second of them sparse, with the router of conf/router/{router}.yaml.
 
@@ -31,6 +37,7 @@ def language_model(
         max_steps: optimizer steps.
         learning_rate: constant.
         depth: another number of blocks; every second one is sparse.
+        shuffle_tokens: as in conf/model/.
         options: ``router_options`` go on top of the router's file, others to ``LanguageModel``.
     """
     node = OmegaConf.to_container(OmegaConf.load(FOLDER / f"{router}.yaml"))
@@ -46,7 +53,7 @@ def language_model(
     }
     return LanguageModel(
         router={**node, **options.pop("router_options", {})},
-        model={"width": WIDTH, "depth": depth, "heads": 2, "ffn_width": 32},
+        model={"width": WIDTH, "depth": depth, "heads": 2, "ffn_width": 32, "shuffle_tokens": shuffle_tokens},
         optimizer=optimizer,
         max_steps=max_steps,
         vocab_size=VOCABULARY,

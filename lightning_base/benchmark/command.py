@@ -12,12 +12,20 @@ import torch
 
 from lightning_base import train
 from lightning_base.assignment import benchmark as assignment
-from lightning_base.benchmark import data, harness, layer, solver, start, step, table
+from lightning_base.benchmark import data, harness, layer, scaling, solver, start, step, table
 from lightning_base.benchmark.check import missing, regressions
 from lightning_base.benchmark.machine import machine, machine_line
 from lightning_base.benchmark.record import Form, Record
 
-SUBJECTS = {"layer": layer, "step": step, "harness": harness, "start": start, "data": data, "assignment": solver}
+SUBJECTS = {
+    "layer": layer,
+    "step": step,
+    "harness": harness,
+    "start": start,
+    "data": data,
+    "scaling": scaling,
+    "assignment": solver,
+}
 SHORTEST = ("layer", "harness")
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 BASELINE = DOCS / "benchmark_baseline.json"

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
 
 from lightning_base.moe.exchange import Exchange
@@ -112,10 +112,10 @@ class ShardedDispatcher:
         return self._local.combine(self._exchange.rows(outputs_MD, self._receive, self._send, "combine"))
 
 
-def permute(rows_MD: Float[Tensor, "M D"], order: Tensor | None, back: Tensor | None) -> Float[Tensor, "M D"]:
+def permute(rows_MD: Shaped[Tensor, "M *D"], order: Tensor | None, back: Tensor | None) -> Shaped[Tensor, "M *D"]:
     """Rows in another order, given that and its inverse; None leaves them as they are."""
     if order is None or back is None:
         return rows_MD
-    if rows_MD.device.type == "cpu":
+    if rows_MD.device.type == "cpu" and rows_MD.is_floating_point():
         return take_rows(rows_MD, order, back, torch.arange(len(order) + 1))
     return rows_MD.index_select(0, order)

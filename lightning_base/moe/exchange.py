@@ -8,7 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.distributed as dist
-from jaxtyping import Float, Int64
+from jaxtyping import Int64, Shaped
 from torch import Tensor
 
 
@@ -49,8 +49,8 @@ class Exchange:
 
     @torch.compiler.disable  # it could not know how many rows arrive
     def rows(
-        self, rows_ND: Float[Tensor, "N D"], send: Sequence[int], receive: Sequence[int], kind: str = "rows"
-    ) -> Float[Tensor, "M D"]:
+        self, rows_ND: Shaped[Tensor, "N *D"], send: Sequence[int], receive: Sequence[int], kind: str = "rows"
+    ) -> Shaped[Tensor, "M *D"]:
         """Rows from every rank of the group, in the order of the ranks; their gradients go back the same way.
 
         Args:

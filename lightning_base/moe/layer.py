@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from lightning_base.moe.dispatch import Dispatch, Dispatcher, ShardedDispatcher
 from lightning_base.moe.exchange import Exchange
 from lightning_base.moe.experts import Experts
+from lightning_base.moe.shuffle import Shuffle
 from lightning_base.moe.stopwatch import Stopwatch
 from lightning_base.routing.plan import RoutingGroups, RoutingPlan
 from lightning_base.routing.router import Router
@@ -32,6 +33,7 @@ class SparseLayer(nn.Module):
         routing_group: sequences that are routed together.
         router_norm: the router sees LayerNorm(h), without gain, instead of h.
         residual: False leaves h out and gives only what the experts add, for a block that adds h by itself.
+        shuffle: deals the tokens of a training step out to its routing groups; None: a group is whole sequences.
 
     Attributes:
         stopwatch: takes the time of each phase, if whoever wants to know sets one.
@@ -49,6 +51,7 @@ class SparseLayer(nn.Module):
         routing_group: int,
         router_norm: bool = True,
         residual: bool = True,
+        shuffle: Shuffle | None = None,
     ) -> None:
         super().__init__()
         if router.num_experts != experts.num_experts:
@@ -60,6 +63,7 @@ class SparseLayer(nn.Module):
         self.routing_group = routing_group
         self.router_norm = router_norm
         self.residual = residual
+        self.shuffle = shuffle
         self._dispatcher: Callable[[RoutingPlan], Dispatch] = Dispatcher
 
     def shard(self, exchange: Exchange, *, same_sizes: bool = False) -> None:
@@ -112,9 +116,17 @@ class SparseLayer(nn.Module):
         where = None if valid is None else valid.flatten().nonzero().squeeze(1)
         tokens_TD = flat_TD if where is None else flat_TD[where]
         ids_T = ids_T if where is None else ids_T[where]
+        watch = self.stopwatch
+        if watch is not None:
+            watch.start()
+        deal = None if self.shuffle is None else self.shuffle.deal(groups, hidden.device)
+        if deal is not None:
+            tokens_TD = deal.shuffle(tokens_TD)
+            ids_T = deal.shuffle(ids_T) if self.router.needs_token_ids else ids_T
+            if watch is not None:
+                watch.lap("dispatch")
 
         seen_TD = F.layer_norm(tokens_TD, tokens_TD.shape[-1:]) if self.router_norm else tokens_TD
-        watch = self.stopwatch
         if watch is not None:
             watch.start()
         plan = self.router(seen_TD, ids_T, groups)
@@ -132,6 +144,8 @@ class SparseLayer(nn.Module):
         if watch is not None:
             watch.lap("experts")
         added_TD = dispatcher.combine(outputs_AD).to(flat_TD.dtype)
+        if deal is not None:
+            added_TD = deal.unshuffle(added_TD)
         if watch is not None:
             watch.lap("combine")
         if where is not None:

@@ -14,7 +14,13 @@ from lightning_base.report.read import Run, flatten
 from lightning_base.run_directory import EXECUTION
 
 # The router's own side of the configuration: what a comparison is about.
-ROUTER = ("router", "module.loss_coefficients", "module.router_init_scale", "module.router_learning_rate_factor")
+ROUTER = (
+    "router",
+    "module.loss_coefficients",
+    "module.router_init_scale",
+    "module.router_learning_rate_factor",
+    "model.shuffle_tokens",
+)
 # Names and places; they change nothing that is computed.
 NAMING = (
     "name",

@@ -74,6 +74,11 @@ def logged(name: str, after: int = 0) -> Reader:
     return lambda run: run.mean(name, after)
 
 
+def thousand(read: Reader) -> Reader:
+    """A number in thousandths of its unit."""
+    return lambda run: None if (value := read(run)) is None else 1000 * value
+
+
 final_loss = field("result", "final/loss")
 unigram_entropy = field("corpus", "unigram_entropy")
 
@@ -208,4 +213,15 @@ COMPUTE = (
     Measure("idle, over experts", "evaluation", last("final_pass/idle_fraction_experts/mean"), percent),
     Measure("idle time, over processes", "measured", logged("train_time/idle_fraction", 1), percent),
 )
-ALL: Sequence[Measure] = (*FULL, *ROUTED[1:], *LEAK, *TIME, *COMPUTE)
+SENT, EXCHANGE = "bytes of a sparse layer, a step and a process", "time of the exchange"
+COMMUNICATION = (
+    Measure("sent", SENT, logged("communication/bytes/mean", 1), short_count),
+    Measure("busiest process", SENT, logged("communication/busiest_rank/max", 1), THREE),
+    Measure("largest message", SENT, logged("communication/largest_message/max", 1), short_count),
+    Measure("uneven dispatch", SENT, logged("communication/uneven_dispatch/max", 1), THREE),
+    Measure("ms a layer", EXCHANGE, thousand(logged("communication/seconds/mean", 1)), TWO),
+    Measure("ms for the slowest", EXCHANGE, thousand(logged("communication/waiting/mean", 1)), TWO),
+    Measure("share of the step", EXCHANGE, logged("communication/share", 1), percent),
+    Measure("gradients", "computed", field("communication", "gradient_bytes_computed"), short_count),
+)
+ALL: Sequence[Measure] = (*FULL, *ROUTED[1:], *LEAK, *TIME, *COMPUTE, *COMMUNICATION)

@@ -79,6 +79,7 @@ def tables(comparison: Comparison) -> list[Table]:
         gap_table(arms),
         measure_table("Does routing look ahead?", measures.LEAK, arms, leads["leak"]),
         measure_table("Where does the time of a step go?", measures.TIME, arms, leads["time"], ("step_time",)),
+        measure_table("What does sending tokens cost?", measures.COMMUNICATION, arms, leads["communication"]),
         alarm_table(arms),
     ]
     return [table for table in found if table.rows]

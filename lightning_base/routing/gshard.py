@@ -71,6 +71,10 @@ class GShard(Router):
     def needs_token_ids(self) -> bool:
         return self.training
 
+    @property
+    def needs_sequences(self) -> bool:
+        return self.balance_scope == "sequence"
+
     def reset_parameters(self) -> None:
         nn.init.trunc_normal_(self.gate.weight, std=(0.1 / self.gate.in_features) ** 0.5)
         self.key.copy_(draw_key())

@@ -62,6 +62,10 @@ class LossFree(Router):
         self.register_buffer("bias_steps", torch.zeros(num_experts, dtype=torch.int64))
         self.reset_parameters()
 
+    @property
+    def needs_sequences(self) -> bool:
+        return self.sequence_loss
+
     def reset_parameters(self) -> None:
         nn.init.trunc_normal_(self.gate.weight, std=(0.1 / self.gate.in_features) ** 0.5)
 

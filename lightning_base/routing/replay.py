@@ -94,6 +94,11 @@ class Replay(Router):
             nn.init.orthogonal_(self.centroids, gain=0.1)
 
     def check_run(self, config: Mapping[str, Any]) -> None:
+        if _value(config, "model.shuffle_tokens"):
+            raise ValueError(
+                "router=replay with model.shuffle_tokens: a plan is found by the tokens of a whole routing group, "
+                "which the shuffle deals out; set model.shuffle_tokens=false"
+            )
         for key in MUST_MATCH:
             here, there = _value(config, key), _value(self.recording.config, key)
             if here != there:

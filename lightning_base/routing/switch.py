@@ -54,6 +54,10 @@ class Switch(Router):
         self.gate = nn.Linear(width, num_experts, bias=False)
         self.reset_parameters()
 
+    @property
+    def needs_sequences(self) -> bool:
+        return self.balance_scope == "sequence"
+
     def reset_parameters(self) -> None:
         nn.init.trunc_normal_(self.gate.weight, std=(0.1 / self.gate.in_features) ** 0.5)
 

@@ -21,9 +21,12 @@ from torch.distributed.tensor import DTensor
 
 from lightning_base.callbacks.expert_load import ExpertLoad
 from lightning_base.distributed.expert_parallel import ExpertParallelStrategy
+from lightning_base.gradients import gradient_norm
 from lightning_base.module import LanguageModel
 
 STEPS = 3
+SHUFFLED = ", shuffled"
+AMONG = 4  # sequences, which are two ranks' where four hold a step, or two hold half of it
 CLIP = 0.3  # below the norm of every step
 
 
@@ -89,7 +92,8 @@ class Record(pl.Callback):
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: LanguageModel, optimizer: Any) -> None:
         gradients = {n: p.grad for n, p in pl_module.named_parameters() if p.grad is not None}
-        self.steps.append({"gradients": held(pl_module, gradients)})
+        norm = float(gradient_norm(pl_module.parameters(), pl_module.held_with))
+        self.steps.append({"gradients": held(pl_module, gradients), "norm": norm})
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: LanguageModel, outputs: Any, batch: Any, batch_idx: int
@@ -130,8 +134,19 @@ def train(router: str, layout: Layout, rank: int = 0) -> dict[str, Any]:
     """Trains a tiny model of two sparse layers on text without padding, with some, and with ranks that have only that.
 
     A loss is averaged over the routing groups of a pass, and passes then count alike: with one, no group may be empty.
+
+    Args:
+        router: its name, and perhaps ``SHUFFLED``.
+        layout: of the ranks.
+        rank: of this process.
     """
-    module = language_model(router, max_steps=STEPS, depth=4, activation_checkpointing=layout.recomputed).double()
+    module = language_model(
+        router.removesuffix(SHUFFLED),
+        max_steps=STEPS,
+        depth=4,
+        shuffle_tokens=AMONG if router.endswith(SHUFFLED) else False,
+        activation_checkpointing=layout.recomputed,
+    ).double()
     for layer in module.model.sparse_layers.values():
         layer.router.prepare(torch.arange(1, VOCABULARY + 1))
     # W2 starts at zero; then W1 has no gradient in the first step.

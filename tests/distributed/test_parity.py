@@ -6,11 +6,13 @@ import forks
 import program
 import pytest
 import torch
-from parity import LAYOUTS, Training, difference, joined, train
+from parity import LAYOUTS, SHUFFLED, Training, difference, joined, train
 from router_arms import ROUTERS
 
-# In the short form: balance with a memory, drops with a loss over several experts, one expert.
-SHORT_ROUTERS = ("base", "gshard", "dense")
+# In the short form: balance with a memory, drops with a loss over several experts, the same with noise and drops that
+# depend on what stands before a token, one expert.
+SHORT_ROUTERS = ("base", "gshard", f"gshard{SHUFFLED}", "dense")
+ALL_ROUTERS = [*ROUTERS, *(f"{router}{SHUFFLED}" for router in ("base", "gshard", "switch", "hash", "random"))]
 SHORT_LAYOUTS = (
     "accumulation",
     "2 ranks, fsdp",
@@ -52,7 +54,7 @@ def short(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Tra
 
 @pytest.fixture(scope="module")
 def long(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Training]:
-    return trainings(tmp_path_factory.mktemp("parity"), ROUTERS, list(LAYOUTS))
+    return trainings(tmp_path_factory.mktemp("parity"), ALL_ROUTERS, list(LAYOUTS))
 
 
 def check(found: dict[tuple[str, str], Training], layout: str, router: str) -> None:
@@ -73,7 +75,7 @@ def test_a_layout_learns_what_one_rank_learns(router: str, layout: str, short: d
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout != ALONE])
-@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize("router", ALL_ROUTERS)
 def test_every_layout_learns_what_one_rank_learns_with_every_router(
     router: str, layout: str, long: dict[tuple[str, str], Training]
 ) -> None:

@@ -446,4 +446,25 @@ FAULTS = [
         "i: {key: slice_like(parameters[i], value) * 0 for key, value in moments.items()}",
         "distributed/test_moving.py",
     ),
+    Fault(
+        "a shuffled group forgets the order of the step",
+        "moe/shuffle.py",
+        "(group_N * size + drawn_N).sort().values - group_N * size",
+        "drawn_N",
+        "moe/test_shuffle.py -k causal",
+    ),
+    Fault(
+        "every micro batch is shuffled like the first",
+        "module.py",
+        "layer.shuffle.begin(self.global_step, micro_batch)",
+        "layer.shuffle.begin(self.global_step, 0)",
+        "distributed/test_gradient_audit.py -k shuffled",
+    ),
+    Fault(
+        "a rank waits for itself alone",
+        "callbacks/communication.py",
+        'latest.gather(0, group_WM) - of["begin"]',
+        'of["begin"] - of["begin"]',
+        "callbacks/test_communication.py -k by_hand",
+    ),
 ]
