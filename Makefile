@@ -108,6 +108,12 @@ test: setup-dev  ## The tests in their short form, minutes on two cores
 test-all: setup-dev  ## The tests with their long forms too; ARGS="-m exhaustive" for these alone
 	@$(BIN)/python -m pytest -n 2 $(ARGS)
 
+.PHONY: test-slurm
+test-slurm: setup-dev  ## A sweep on a Slurm of one node that pre-empts; as root, on Debian
+	@command -v slurmctld > /dev/null || { apt-get -qq update && apt-get -qq install -y --no-install-recommends \
+		slurmctld slurmd slurm-client munge > /dev/null; }
+	@$(BIN)/python -m pytest -n 1 -m slurm tests/launchers $(ARGS)
+
 .PHONY: mutations
 mutations: setup-dev  ## Breaks the code in a copy, one fault at a time: the short form has to find each
 	@$(BIN)/python tests/mutations $(ARGS)

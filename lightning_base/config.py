@@ -120,11 +120,13 @@ class DataConfig:
 class StrategyConfig:
     name: Literal["single", "ddp", "expert_parallel", "fsdp"] = "single"
     timeout_seconds: int = 180
+    max_restarts: int = 0
     expert_group: int | None = None
     shared: Literal["ddp", "fsdp"] = "ddp"
 
     def __post_init__(self) -> None:
         require(self.timeout_seconds >= 1, "strategy.timeout_seconds", self.timeout_seconds, "give at least 1")
+        require(self.max_restarts >= 0, "strategy.max_restarts", self.max_restarts, "give 0 or more")
         group = self.expert_group is None or self.expert_group >= 1
         require(group, "strategy.expert_group", self.expert_group, "give at least 1 rank, or null for all")
 
@@ -284,6 +286,11 @@ def _check_across(config: Config) -> None:
             "which strategy=single does not start: add strategy=ddp"
         )
     _check_strategy(config, router)
+    if trainer.num_nodes > 1 and config.strategy.max_restarts:
+        raise ConfigError(
+            f"strategy.max_restarts={config.strategy.max_restarts} works on one node, and "
+            f"trainer.num_nodes={trainer.num_nodes}: leave it at 0, and start the same command again"
+        )
     check_batch(
         config.data.global_batch, trainer.world_size, trainer.accumulate_grad_batches, config.data.routing_group
     )

@@ -1,10 +1,9 @@
-"""One job: from a composed configuration to a process tree that has ended, and a status that says how.
+"""One job: from a composed configuration to a run directory that is checked, and ranks that find all they need in it.
 
 Nothing here runs on a rank.
 """
 
 import os
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -16,15 +15,12 @@ from omegaconf import DictConfig, OmegaConf
 from lightning_base.claim import InUseError, claimed, in_use, is_here_and_alive, read_owner
 from lightning_base.config import Config, check_devices, check_loggers, fit_schedule, read_config
 from lightning_base.data import Corpus, prepare_for_run
-from lightning_base.distributed.forked import ForkedRank
-from lightning_base.distributed.launch import PREEMPTED, command, launch
+from lightning_base.distributed.share import Share
+from lightning_base.distributed.slurm import MEETING_POINT, meeting_point
 from lightning_base.instantiation import ConfigError, instantiate
 from lightning_base.resume import NEVER, check_resume, start_over
-from lightning_base.run_directory import EXECUTION, RunDirectory, read_json, under
-
-RANK_ENTRY = "lightning_base.train"
-# Set while a table of the whole sweep is on the terminal, for all processes that a launcher may run jobs in.
-LIVE_TABLE = "LIGHTNING_BASE_LIVE_TABLE"
+from lightning_base.run_directory import EXECUTION, RunDirectory, under
+from lightning_base.tree import LIVE_TABLE, node_rank, run_tree, say, shown
 
 # What a run that goes on may do in another way than it began: nothing that is computed depends on it.
 MAY_CHANGE = (*EXECUTION, "resume", "trainer.progress_bar", "trainer.keep_checkpoints", "data.cache_dir")
@@ -33,18 +29,18 @@ MAY_CHANGE = (*EXECUTION, "resume", "trainer.progress_bar", "trainer.keep_checkp
 STARTED: list[RunDirectory] = []
 # The prepared corpora of this process, by the configuration of the data.
 PREPARED: dict[str, str] = {}
-# How jobs ended on a node that does not write status.json.
-ENDED_HERE: dict[RunDirectory, str] = {}
 
 
-def job(composed: DictConfig) -> str:
-    """Runs one job to its end; gives the state it ended in, or ``skipped``."""
+def job(composed: DictConfig) -> float | None:
+    """Runs one job to its end, unless it is done already; gives its validation loss, for sweepers that go by it."""
     plain = plain_config(composed)
     config = read_config(plain)
     hydra_config = HydraConfig.get()
     run = RunDirectory(Path(hydra_config.runtime.output_dir))
     STARTED.append(run)
     in_parent = hydra_config.mode == RunMode.RUN and hydra_config.runtime.choices.get("debug") is not None
+    if hydra_config.mode == RunMode.MULTIRUN and "n_jobs" in hydra_config.launcher:
+        take_share(int(hydra_config.launcher.n_jobs), config, Path(hydra_config.sweep.dir))
     check_devices(config.trainer)
     check_loggers(config.logger)
     check_nodes(config)
@@ -52,17 +48,17 @@ def job(composed: DictConfig) -> str:
     if node_rank(config):
         if run.status().get("state") == "done":
             say(f"skipping {shown(run.path)}: it is done")
-            return "skipped"
+            return validation_loss(run)
         prepare_data(config)
         wait_for_config(run, plain, config.strategy.timeout_seconds)
-        return run_tree(run, config, own_process=own_process)
+        return outcome(run, run_tree(run, config, own_process=own_process))
     # Before the claim, which would leave its file in somebody else's folder, and again with it.
     check_run_directory(run, plain)
     try:
         with claimed(run.path, say):
             if not check_run_directory(run, plain):
                 say(f"skipping {shown(run.path)}: it is done")
-                return "skipped"
+                return validation_loss(run)
             check_resume(run, config.resume)
             prepared = prepare_data(config)
             if config.resume == NEVER and not is_requeued():
@@ -71,9 +67,20 @@ def job(composed: DictConfig) -> str:
             for sentence in fit_schedule(config)[1]:
                 say(sentence)
             say(f"running {shown(run.path)}")
-            return run_tree(run, config, own_process=own_process)
+            return outcome(run, run_tree(run, config, own_process=own_process))
     except InUseError as error:
         raise ConfigError(str(error)) from error
+
+
+def outcome(run: RunDirectory, state: str) -> float | None:
+    """What a sweeper is told of a job that has ended."""
+    return validation_loss(run) if state == "done" else None
+
+
+def validation_loss(run: RunDirectory) -> float | None:
+    """Of the final evaluation; None where there is none."""
+    found = run.manifest().get("result", {}).get("final/loss")
+    return None if found is None else float(found)
 
 
 def write_job(run: RunDirectory, plain: dict[str, Any], overrides: list[str], prepared: str) -> None:
@@ -106,70 +113,6 @@ def wait_for_config(run: RunDirectory, plain: dict[str, Any], seconds: float) ->
         f"NODE_RANK={os.environ['NODE_RANK']}: the first node has not started this job in {shown(run.path)} within "
         f"strategy.timeout_seconds={seconds}: run the same command on every node, with runs_dir on a shared file system"
     )
-
-
-def run_tree(run: RunDirectory, config: Config, *, own_process: bool) -> str:
-    """Launches the ranks, waits, and writes how it ended."""
-    interrupted = terminated = False
-    try:
-        if own_process:
-            trainer = config.trainer
-            several = command(run.path, devices=trainer.devices, num_nodes=trainer.num_nodes, entry=RANK_ENTRY)
-            alone = trainer.world_size == 1
-            output = run.output if run.output.exists() else None
-            code, terminated = launch((lambda: ForkedRank(RANK_ENTRY, run.path, output)) if alone else several, output)
-        else:
-            code = run_here(run)
-    except KeyboardInterrupt:
-        interrupted, code = True, 130
-    state = run.status().get("state")
-    if node_rank(config):
-        # The first node writes how the job ended; here only the exit code tells.
-        state = {0: "done", PREEMPTED: "preempted"}.get(code, "failed")
-        ENDED_HERE[run] = state
-    elif code == 0:
-        run.write_status("done")
-        state = "done"
-    elif terminated and state != "preempted":
-        # Asked to stop before or after the training loop: nothing went wrong, and the same command goes on.
-        run.write_status("preempted")
-        state = "preempted"
-    elif state != "preempted":
-        failure = first_failure(run)
-        run.write_status("failed", exit_code=code, **failure)
-        say(f"FAILED {shown(run.path)}: {failure['error']} (the traceback is in its status.json)")
-        state = "failed"
-    if interrupted:
-        raise KeyboardInterrupt
-    if terminated or state == "preempted":
-        # Whoever preempts one job of a sweep wants the machine: the next one is not started.
-        sys.exit(PREEMPTED)
-    return str(state)
-
-
-def run_here(run: RunDirectory) -> int:
-    """With ``debug=...`` a single job with a single rank trains in this process, where a debugger works."""
-    from lightning_base import train
-
-    try:
-        return train.main(run.path)
-    except KeyboardInterrupt:
-        raise
-    except SystemExit as error:
-        # Lightning leaves this way after Ctrl-C.
-        raise KeyboardInterrupt from error
-    except Exception:
-        return 1
-
-
-def first_failure(run: RunDirectory) -> dict[str, Any]:
-    """What the rank that failed first has left; other ranks often fail only because that one is gone."""
-    found = [read_json(path) for path in run.failures.glob("rank_*.json")]
-    if not found:
-        error = "the process ended without a Python error: killed, or out of memory"
-        return {"error": error, "traceback": None, "rank": None}
-    first = min(found, key=lambda failure: failure["time"])
-    return {key: first[key] for key in ("error", "traceback", "rank")}
 
 
 def check_run_directory(run: RunDirectory, plain: dict[str, Any]) -> bool:
@@ -221,19 +164,39 @@ def differing_keys(a: Any, b: Any, prefix: str = "") -> list[str]:
     return [] if a == b or (a is None and b == []) else [prefix.rstrip(".")]
 
 
-def node_rank(config: Config) -> int:
-    """Which of several nodes this is; 0 if there is only one."""
-    return int(os.environ["NODE_RANK"]) if config.trainer.num_nodes > 1 else 0
-
-
 def check_nodes(config: Config) -> None:
-    """Several nodes need to know of each other."""
-    missing = [name for name in ("NODE_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
-    if config.trainer.num_nodes > 1 and missing:
+    """Several nodes need to know of each other; where srun started them, it says so."""
+    if config.trainer.num_nodes == 1:
+        return
+    try:
+        found = meeting_point(os.environ, config.trainer.num_nodes)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    os.environ.update({name: value for name, value in found.items() if name not in os.environ})
+    missing = [name for name in MEETING_POINT if name not in os.environ]
+    if missing:
         raise ConfigError(
             f"trainer.num_nodes={config.trainer.num_nodes} needs the environment variables {', '.join(missing)}: "
-            "set them on every node"
+            "set them on every node, or start one task on each with srun"
         )
+
+
+def take_share(jobs_at_a_time: int, config: Config, sweep: Path) -> None:
+    """Where a launcher runs jobs side by side, gives this one its cores and GPUs.
+
+    Raises:
+        ConfigError: there are not enough GPUs.
+    """
+    import torch
+
+    slots = jobs_at_a_time if jobs_at_a_time > 0 else len(os.sched_getaffinity(0))
+    gpus = torch.cuda.device_count() if config.trainer.accelerator != "cpu" and torch.cuda.is_available() else 0
+    if gpus and slots * config.trainer.devices > gpus:
+        raise ConfigError(
+            f"hydra.launcher.n_jobs={jobs_at_a_time} jobs side by side with trainer.devices={config.trainer.devices} "
+            f"need {slots * config.trainer.devices} GPUs, but this machine has {gpus}: run fewer at a time"
+        )
+    Share.take(sweep / ".slots", slots, config.trainer.devices if gpus else 0)
 
 
 def prepare_data(config: Config) -> str:
@@ -268,14 +231,3 @@ def plain_config(composed: DictConfig) -> dict[str, Any]:
     container = OmegaConf.to_container(copied, resolve=True)
     assert isinstance(container, dict)
     return {str(key): value for key, value in container.items()}
-
-
-def shown(path: Path) -> str:
-    """A path as short as it can be typed."""
-    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
-
-
-def say(text: str) -> None:
-    """One line for the person at the terminal; progress bars use the same stream. A table says it by itself."""
-    if LIVE_TABLE not in os.environ:
-        print(text, file=sys.stderr, flush=True)

@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -14,10 +15,11 @@ from omegaconf.errors import OmegaConfBaseException
 from lightning_base.distributed.launch import PREEMPTED
 from lightning_base.explain import BAD_INPUT, explain
 from lightning_base.instantiation import ConfigError
-from lightning_base.jobs import ENDED_HERE, STARTED, job, say, shown
+from lightning_base.jobs import STARTED, job
 from lightning_base.plugins import store_routers
 from lightning_base.run_directory import RunDirectory
-from lightning_base.sweep import CheckSweep, job_name
+from lightning_base.sweep import CheckSweep, job_name, jobs_are_known
+from lightning_base.tree import ENDED_HERE, say, shown
 
 CONF = Path(__file__).parent / "conf"
 
@@ -31,10 +33,12 @@ def main() -> None:
     mistakes: list[Exception] = []
 
     @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
-    def task(config: DictConfig) -> str | None:
+    def task(config: DictConfig) -> float | None:
         try:
             return job(config)
         except (ConfigError, OmegaConfBaseException) as error:
+            if not jobs_are_known(HydraConfig.get().sweeper._target_):
+                raise  # a sweeper that goes by results stops at the first job that cannot work
             mistakes.append(error)  # raised here, Hydra would write lines of its own about it
             return None
 
@@ -49,6 +53,9 @@ def main() -> None:
     except (ConfigError, HydraException, OmegaConfBaseException) as error:
         print(f"error: {explain(error)}", file=sys.stderr)
         sys.exit(BAD_INPUT)
+    except ValueError as error:
+        if not str(error).startswith("No trials are completed"):
+            raise  # what Optuna says when every trial has failed
     except OSError as error:
         # Hydra makes the directories; what goes wrong later on has been written to a status.json.
         print(f"error: the run directory cannot be used: {error}", file=sys.stderr)

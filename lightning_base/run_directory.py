@@ -49,6 +49,11 @@ class RunDirectory:
         return self.path / "failures"
 
     @property
+    def heartbeats(self) -> Path:
+        """Where the ranks of this node say that they go on, as long as the job runs."""
+        return self.path / "heartbeats" / f"node_{os.environ.get('GROUP_RANK') or os.environ.get('NODE_RANK') or 0}"
+
+    @property
     def output(self) -> Path:
         """What the ranks print, if the terminal is taken by the table of a sweep; otherwise there is no such file."""
         return self.path / "output.log"

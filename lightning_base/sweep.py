@@ -1,16 +1,22 @@
 """A sweep: checked whole before its first job starts, so that the last arm's mistake does not show after hours."""
 
 import hashlib
+import importlib.util
 import os
 import re
+import signal
 import sys
+import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from types import FrameType
 from typing import Any, TextIO
 
+import psutil
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import IntervalSweep, Override, Transformer
 from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
@@ -18,19 +24,20 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lightning_base.config import Config, check_devices, check_loggers, read_config
 from lightning_base.distributed.forked import warm_up
+from lightning_base.distributed.launch import GRACE_SECONDS, LOOK_SECONDS, PREEMPTED, STOP_SIGNALS
 from lightning_base.explain import BAD_INPUT, explain
 from lightning_base.instantiation import ConfigError
 from lightning_base.jobs import (
-    LIVE_TABLE,
-    RANK_ENTRY,
     check_nodes,
     check_run_directory,
-    node_rank,
     plain_config,
     prepare_data,
-    shown,
 )
 from lightning_base.run_directory import RunDirectory, read_json, write_json
+from lightning_base.tree import LIVE_TABLE, RANK_ENTRY, node_rank, shown
+
+# Launchers and sweepers that pyproject.toml has an extra for.
+EXTRAS = ("joblib", "optuna", "submitit")
 
 
 class CheckSweep(Callback):
@@ -51,23 +58,21 @@ class CheckSweep(Callback):
             sys.exit(BAD_INPUT)
 
     def _check(self, config: DictConfig) -> None:
-        from hydra.core.global_hydra import GlobalHydra
-
-        loader = GlobalHydra.instance().config_loader()
+        check_plugins(config)
         sweep = Path(config.hydra.sweep.dir)
+        if "n_jobs" in config.hydra.launcher:
+            stop_with_workers(sweep)
+        if not jobs_are_known(config.hydra.sweeper._target_):
+            # Each job is checked when it comes; what is common to all of them is checked now.
+            checked, _, _ = check_job(config, first_point(config))
+            prepare_data(checked)
+            write_json(sweep / "sweep.json", {"jobs": {}})
+            return
         jobs: list[RunDirectory] = []
         corpora: list[Config] = []
         combinations = expand(config)
         for overrides in combinations:
-            composed = loader.load_sweep_config(config, list(overrides))
-            HydraConfig.instance().set_config(composed)
-            subdirectory = str(composed.hydra.sweep.subdir)
-            plain = plain_config(composed)
-            checked = read_config(plain)
-            check_devices(checked.trainer)
-            check_loggers(checked.logger)
-            check_nodes(checked)
-            run = RunDirectory(sweep / subdirectory)
+            checked, plain, run = check_job(config, overrides)
             if node_rank(checked) == 0:
                 check_run_directory(run, plain)
             if run in jobs:
@@ -93,19 +98,103 @@ class CheckSweep(Callback):
         CheckSweep.display.enter_context(LiveTable(jobs))
 
 
+def stop_with_workers(sweep: Path) -> None:
+    """Where worker processes run the jobs, a signal to this one reaches them, and it waits until their jobs have saved.
+
+    joblib would kill them with all that they have started, or leave them to train on.
+    """
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        # Another one than what a terminal may have sent them: the same one twice would kill their jobs.
+        passed_on = signal.SIGTERM if number == signal.SIGUSR1 else signal.SIGUSR1
+        for worker in psutil.Process().children():
+            if "loky" in " ".join(worker.cmdline()) and "resource_tracker" not in " ".join(worker.cmdline()):
+                worker.send_signal(passed_on)
+        deadline = time.monotonic() + GRACE_SECONDS + LOOK_SECONDS
+        while any(RunDirectory(path.parent).is_alive() for path in sweep.glob("*/status.json")):
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.2)
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
+        sys.exit(PREEMPTED)
+
+    for number in STOP_SIGNALS:
+        signal.signal(number, stop)
+
+
 def takes_a_table(stream: TextIO) -> bool:
     """Whether a table can be drawn anew in its place: on a terminal that can move its cursor, and nowhere else."""
     return stream.isatty() and os.environ.get("TERM", "dumb") not in ("dumb", "unknown")
+
+
+def check_job(config: DictConfig, overrides: Sequence[str]) -> tuple[Config, dict[str, Any], RunDirectory]:
+    """One job of a sweep, composed and checked; nothing of it is started."""
+    from hydra.core.global_hydra import GlobalHydra
+
+    composed = GlobalHydra.instance().config_loader().load_sweep_config(config, list(overrides))
+    HydraConfig.instance().set_config(composed)
+    plain = plain_config(composed)
+    checked = read_config(plain)
+    check_devices(checked.trainer)
+    check_loggers(checked.logger)
+    check_nodes(checked)
+    return checked, plain, RunDirectory(Path(config.hydra.sweep.dir) / str(composed.hydra.sweep.subdir))
+
+
+def check_plugins(config: DictConfig) -> None:
+    """Raises ConfigError for a launcher or sweeper whose package is an extra that is not installed."""
+    for kind in ("launcher", "sweeper"):
+        package = ".".join(str(config.hydra[kind]._target_).split(".")[:2])
+        if package.startswith("hydra_plugins.") and importlib.util.find_spec(package) is None:
+            name = config.hydra.runtime.choices[f"hydra/{kind}"]
+            extra = package.split("_")[2]
+            how = f": .venv/bin/pip install -c constraints.txt -e '.[{extra}]'" if extra in EXTRAS else ""
+            raise ConfigError(
+                f"hydra/{kind}={name} needs the package {package.split('.')[1].replace('_', '-')}, which is not "
+                f"installed{how}; or choose hydra/{kind}=basic"
+            )
+
+
+def jobs_are_known(sweeper: str) -> bool:
+    """Whether all jobs of a sweep are known before the first one: Hydra's own sweeper takes every combination."""
+    return sweeper.endswith(".BasicSweeper")
+
+
+def written_overrides(config: DictConfig) -> list[Override]:
+    """What a sweep varies and what it fixes, from the configuration of its sweeper and from the command line."""
+    parameters = OmegaConf.select(config, "hydra.sweeper.params") or {}
+    written = [f"{key}={value}" for key, value in parameters.items()] + list(config.hydra.overrides.task)
+    return OverridesParser.create().parse_overrides(written)
 
 
 def expand(config: DictConfig) -> Sequence[Sequence[str]]:
     """The overrides of every job of a sweep, as Hydra's basic sweeper will make them."""
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 
-    parameters = OmegaConf.select(config, "hydra.sweeper.params") or {}
-    written = [f"{key}={value}" for key, value in parameters.items()] + list(config.hydra.overrides.task)
-    parsed = OverridesParser.create().parse_overrides(written)
-    return [overrides for batch in BasicSweeper.split_arguments(parsed, None) for overrides in batch]
+    written = written_overrides(config)
+    for override in written:
+        if isinstance(override.value(), IntervalSweep):
+            raise ConfigError(
+                f"{override.input_line}: interval(...) needs a sweeper that chooses from it: hydra/sweeper=search"
+            )
+    batches = BasicSweeper.split_arguments(written, None)
+    return [overrides for batch in batches for overrides in batch]
+
+
+def first_point(config: DictConfig) -> list[str]:
+    """The overrides of a job at the beginning of everything that a sweeper may vary."""
+    point = []
+    for override in written_overrides(config):
+        value = override.value()
+        if isinstance(value, IntervalSweep):
+            point.append(f"{override.get_key_element()}={value.start}")
+        elif override.is_sweep_override():
+            first = next(iter(override.sweep_iterator(transformer=Transformer.encode)))
+            point.append(f"{override.get_key_element()}={first}")
+        else:
+            point.append(str(override.input_line))
+    return point
 
 
 def job_labels(combinations: Sequence[Sequence[str]]) -> list[str]:

@@ -4,6 +4,7 @@ import ctypes
 import logging
 import os
 import random
+import signal
 import sys
 import time
 import traceback
@@ -19,6 +20,7 @@ import pytorch_lightning as pl
 import torch
 import yaml
 from pytorch_lightning.loggers import Logger
+from pytorch_lightning.plugins.environments import LightningEnvironment, TorchElasticEnvironment
 from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy
 
 from lightning_base import checkpoint
@@ -30,6 +32,7 @@ from lightning_base.callbacks.clock import TrainingClock
 from lightning_base.callbacks.communication import Communication
 from lightning_base.callbacks.compute_balance import ComputeBalance
 from lightning_base.callbacks.expert_load import ExpertLoadLogger
+from lightning_base.callbacks.heartbeat import Pulse
 from lightning_base.callbacks.hparams import show_result
 from lightning_base.callbacks.learnt_by_heart import LearntByHeart
 from lightning_base.callbacks.machine import MachineMonitor
@@ -47,7 +50,8 @@ from lightning_base.config import Config, check_devices, fit_schedule, read_conf
 from lightning_base.data import Corpus, TextDataModule
 from lightning_base.disk import full_disk
 from lightning_base.distributed.expert_parallel import ExpertParallelStrategy
-from lightning_base.distributed.launch import PREEMPTED, die_with_parent
+from lightning_base.distributed.heartbeat import Heartbeat
+from lightning_base.distributed.launch import PREEMPTED, STOP_SIGNALS, die_with_parent
 from lightning_base.instantiation import ConfigError, instantiate
 from lightning_base.loggers import finish_loggers, offline_loggers
 from lightning_base.module import LanguageModel
@@ -61,14 +65,18 @@ class DiskFullError(Exception):
 
 @dataclass(frozen=True)
 class Result:
-    """How a run ended: ``state`` is ``done`` or ``preempted``; ``metrics`` are those of the final evaluation."""
+    """How a run ended: ``state`` is ``done`` or ``preempted``; ``metrics`` are those of the final evaluation.
+
+    ``signal`` is the one by which this rank was asked to stop.
+    """
 
     state: str
     directory: Path
     metrics: dict[str, float]
+    signal: str | None = None
 
 
-def run(config: Config, directory: Path) -> Result:
+def run(config: Config, directory: Path, heart: Heartbeat | None = None) -> Result:
     """Trains and evaluates one arm as one rank of a process tree, or the only one.
 
     Picks up from the newest checkpoint in ``directory`` that can be loaded, if there is one. Leaves ``status.json`` at
@@ -113,6 +121,7 @@ def run(config: Config, directory: Path) -> Result:
     # Last, so that a checkpoint holds what the others have counted up to this step.
     keep = config.trainer.keep_checkpoints
     saving = PeriodicCheckpoint(job, config.trainer.checkpoint_every_n_steps, keep)
+    callbacks += [Pulse(heart)] if heart is not None else []
     callbacks += [saving, Preemption(job, keep)]
     trainer = build_trainer(config, directory, loggers, callbacks)
 
@@ -120,8 +129,8 @@ def run(config: Config, directory: Path) -> Result:
         trainer.fit(module, datamodule=data, ckpt_path=start.checkpoint, weights_only=True)
         if saving.validation_is_due(trainer):  # after the last step
             trainer.validate(module, datamodule=data, verbose=False)
-    except PreemptedError:
-        return Result("preempted", directory, {})
+    except PreemptedError as error:
+        return Result("preempted", directory, {}, error.signal)
     metrics: dict[str, float] = {}
     for mode in (None, *list(module.evaluation_modes)[1:]):
         module.set_evaluation_mode(mode)
@@ -209,7 +218,9 @@ def build_trainer(config: Config, directory: Path, loggers: list[Logger], callba
     options = config.trainer
     accelerator = check_devices(options)
     batches = options.max_steps * options.accumulate_grad_batches
-    return pl.Trainer(
+    # Said, because Lightning would take what it finds: Slurm's, for one.
+    environment = TorchElasticEnvironment() if options.world_size > 1 else LightningEnvironment()
+    trainer = pl.Trainer(
         default_root_dir=directory,
         accelerator=accelerator,
         devices=options.devices,
@@ -228,9 +239,12 @@ def build_trainer(config: Config, directory: Path, loggers: list[Logger], callba
         detect_anomaly=options.detect_anomaly,
         logger=loggers,
         callbacks=callbacks,
-        plugins=[checkpoint.VerifiedCheckpointIO()],
+        plugins=[checkpoint.VerifiedCheckpointIO(), environment],
         **{"num_sanity_val_steps": 0, "enable_model_summary": False, **options.lightning},
     )
+    # Its handlers broadcast from within a signal, and requeue jobs of Slurm; signals are Preemption's.
+    trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+    return trainer
 
 
 class SingleProcess(checkpoint.SavesTogether, SingleDeviceStrategy):
@@ -298,6 +312,7 @@ def quiet() -> None:
         ".*Checkpoint directory .* exists and is not empty.*",
         ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*",
         ".*GPU available but not used.*",
+        ".*`srun` command is available on your system but is not used.*",  # torchrun starts the ranks
     ):
         warnings.filterwarnings("ignore", message=message)
 
@@ -308,10 +323,12 @@ def main(directory: Path) -> int:
     keep_freed_memory()
     job = RunDirectory(directory)
     rank = rank_of_this_process()
+    heart = Heartbeat(job.heartbeats, rank)
+    heart.beat("at the start")
     try:
         config = read_config(yaml.safe_load(job.config.read_text()))
         with as_rank(directory):
-            result = run(config, directory)
+            result = run(config, directory, heart)
     except BaseException as error:
         job.release_room()
         if full_disk(error):
@@ -326,9 +343,11 @@ def main(directory: Path) -> int:
         finish_loggers()
     if rank == 0:
         job.release_room()
+    heart.beat(result.state)
     if result.state == "preempted" and rank == 0:
-        job.write_status("preempted")
-    return PREEMPTED if result.state == "preempted" else 0
+        job.write_status("preempted", step=heart.step, signal=result.signal)
+    # torchrun would start a rank anew, and end the others, for any other code.
+    return PREEMPTED if result.state == "preempted" and config.trainer.world_size == 1 else 0
 
 
 def rank_of_this_process() -> int:
@@ -343,6 +362,7 @@ def write_failure(job: RunDirectory, rank: int, error: BaseException) -> None:
         {
             "time": time.time(),
             "rank": rank,
+            "restart": int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)),
             "error": f"{type(error).__name__}: {error}",
             "traceback": "".join(traceback.format_exception(error)),
         },
@@ -352,6 +372,9 @@ def write_failure(job: RunDirectory, rank: int, error: BaseException) -> None:
 def rank(directory: Path) -> NoReturn:
     """One rank of a job in a process of its own, which ends with it."""
     code = 1
+    # Before and after training, a signal ends the process at once: no KeyboardInterrupt that looks like an error.
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
     try:
         code = main(directory)
     except BaseException:

@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 import pytorch_lightning as pl
 import torch
 from omegaconf import OmegaConf
+from pytorch_lightning.loggers import Logger
 from pytorch_lightning.strategies import DDPStrategy, Strategy
 from router_arms import FOLDER
 from torch import Tensor
@@ -103,6 +104,7 @@ def fit(
     strategy: Strategy | None = None,
     gradient_clip_val: float | None = None,
     resume: Path | None = None,
+    logger: Logger | None = None,
 ) -> None:
     """Trains on the batches of this rank; with several ranks, inside the process group they have joined."""
     loader = Batches(batches) if isinstance(batches, list) else batches
@@ -117,7 +119,7 @@ def fit(
         accumulate_grad_batches=accumulation,
         log_every_n_steps=1,
         callbacks=list(callbacks),
-        logger=False,
+        logger=logger or False,
         enable_checkpointing=False,
         enable_model_summary=False,
         enable_progress_bar=False,

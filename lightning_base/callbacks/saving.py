@@ -1,4 +1,4 @@
-"""When to save: every n steps, at the end, and on SIGTERM, at a step boundary and on all ranks at once."""
+"""When to save: every n steps, at the end, and when asked to stop, at a step boundary and on all ranks at once."""
 
 import signal
 from types import FrameType
@@ -8,6 +8,7 @@ import pytorch_lightning as pl
 import torch
 
 from lightning_base.checkpoint import checkpoints, on_all_ranks, step_of
+from lightning_base.distributed.launch import STOP_SIGNALS
 from lightning_base.gradients import local
 from lightning_base.module import LanguageModel, NonFiniteError
 from lightning_base.run_directory import RunDirectory
@@ -17,22 +18,39 @@ LOGS = "logs"
 
 
 class PreemptedError(Exception):
-    """The run was asked to stop, has saved, and can be resumed."""
+    """The run was asked to stop, has saved, and can be resumed.
+
+    Attributes:
+        signal: the one this rank got, None if another rank did.
+    """
+
+    def __init__(self, sentence: str, signal: str | None = None) -> None:
+        super().__init__(sentence)
+        self.signal = signal
 
 
 class Preemption(pl.Callback):
-    """Replaces Lightning's handler, which starts a collective inside the signal and ends the run with exit code 0."""
+    """Saves at the next step boundary after SIGTERM, SIGINT, SIGUSR1 or SIGUSR2 to any rank, and leaves.
+
+    Before the first step and after the last, a signal does what it did before: there is nothing to save.
+    """
 
     def __init__(self, run: RunDirectory, keep: int | None = 2) -> None:
         self.run, self.keep = run, keep
-        self.requested = False
+        self.requested: str | None = None
+        self._before: dict[int, Any] = {}
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        signal.signal(signal.SIGTERM, self._request)
+        self._before = {number: signal.signal(number, self._request) for number in STOP_SIGNALS}
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # The last step is saved: what is left can be done again, and need not hold up whoever preempts.
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        self._restore()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        # Asked to stop, a rank gets the signal more than once: from torchrun, and from whoever asks all processes.
+        if not isinstance(exception, PreemptedError):
+            self._restore()
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -40,15 +58,23 @@ class Preemption(pl.Callback):
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
         # Ranks are signalled at different moments; they have to stop at the same step.
-        if not trainer.strategy.reduce_boolean_decision(self.requested, all=False):
+        if not trainer.strategy.reduce_boolean_decision(self.requested is not None, all=False):
             return
         assert isinstance(pl_module, LanguageModel)
         save(trainer, pl_module, self.run, self.keep)
         # An exception, not should_stop: Lightning would validate first, which a resumed run does by itself.
-        raise PreemptedError(f"stopped by SIGTERM after step {trainer.global_step}, with a checkpoint")
+        raise PreemptedError(f"asked to stop; step {trainer.global_step} is saved", self.requested)
 
     def _request(self, number: int, frame: FrameType | None) -> None:
-        self.requested = True
+        again = self.requested is not None
+        self.requested = signal.Signals(number).name
+        if again and number == signal.SIGINT and callable(before := self._before[number]):
+            before(number, frame)  # a second Ctrl-C where the run has the process of the command
+
+    def _restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
 
 
 class PeriodicCheckpoint(pl.Callback):

@@ -1,6 +1,7 @@
 """Loaders of sequences. Where training stands is one number: the sequences all ranks together have consumed."""
 
 import multiprocessing
+import signal
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -11,6 +12,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from lightning_base.data.order import SEQUENCES_CONSUMED, GlobalBatchSampler
 from lightning_base.data.sequences import SequenceDataset
+from lightning_base.distributed.launch import STOP_SIGNALS
 
 
 class TokenLoader(StatefulDataLoader):
@@ -27,6 +29,14 @@ class TokenLoader(StatefulDataLoader):
                 # Forking a process with threads (Lightning, tokenizers, CUDA) can deadlock.
                 multiprocessing_context=worker_context() if num_workers else None,
             )
+
+    def __iter__(self) -> Iterator[Any]:
+        # Workers inherit what is held back: asked to stop along with everybody, a rank needs them for one more step.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        try:
+            return super().__iter__()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class TrainingLoader(TokenLoader):

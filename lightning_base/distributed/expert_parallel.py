@@ -71,20 +71,18 @@ class ExpertParallelStrategy(SavesTogether, DDPStrategy):
             super().configure_ddp()
             return
         mesh = DeviceMesh.from_group(self._world, self.root_device.type)
-        whole = set(self._copies)
+        copies = set(self._copies)
         for block in module.model.blocks.values():
-            fully_shard(block, mesh=mesh, ignored_params=whole)
+            fully_shard(block, mesh=mesh, ignored_params=copies)
         # Again sliced after a forward pass, which a save may follow: there parameters are looked up.
-        fully_shard(module.model, mesh=mesh, ignored_params=whole, reshard_after_forward=True)
+        fully_shard(module.model, mesh=mesh, ignored_params=copies, reshard_after_forward=True)
         sliced = {name for name, parameter in module.named_parameters() if isinstance(parameter, DTensor)}
         module.held_with.update({p: self._world for n, p in module.named_parameters() if n in sliced})
         _leave_alone(module, sliced)
 
     def setup_optimizers(self, trainer: pl.Trainer) -> None:
         super().setup_optimizers(trainer)
-        for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
-            if len({isinstance(parameter, DTensor) for parameter in group["params"]}) > 1:
-                group["foreach"] = False  # one call for many tensors takes no mixture of these
+        self._separate_mixtures()
 
     @contextmanager
     def block_backward_sync(self) -> Iterator[None]:
@@ -126,7 +124,8 @@ class ExpertParallelStrategy(SavesTogether, DDPStrategy):
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         state: dict[str, Any] = super().optimizer_state(optimizer)
         by_index = {i: {key: whole(value) for key, value in moments.items()} for i, moments in state["state"].items()}
-        return {**state, "state": by_index}
+        # How this strategy computes is no part of what is saved.
+        return {"param_groups": [{**group, "foreach": None} for group in state["param_groups"]], "state": by_index}
 
     def expert_parts(self, checkpoint: dict[str, Any]) -> dict[str, Any]:
         sharded = self._sharded
@@ -167,6 +166,13 @@ class ExpertParallelStrategy(SavesTogether, DDPStrategy):
             }
             sliced.append({**saved, "state": by_index})
         super().load_optimizer_state_dict({**checkpoint, "optimizer_states": sliced})
+        self._separate_mixtures()
+
+    def _separate_mixtures(self) -> None:
+        """Keeps torch from one call for many tensors where some are distributed and some are not."""
+        for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
+            if len({isinstance(parameter, DTensor) for parameter in group["params"]}) > 1:
+                group["foreach"] = False
 
     @property
     def _sharded(self) -> dict[str, range]:

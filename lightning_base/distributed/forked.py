@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from multiprocessing import forkserver
 from pathlib import Path
 
-from lightning_base.distributed.launch import die_with_parent
+from lightning_base.distributed.launch import STOP_SIGNALS, die_with_parent
 
 # What a rank imports later than at its start, beside the training code itself.
 LATE = ("lightning_base.assignment.transport", "omegaconf", "PIL.Image")
@@ -40,13 +40,13 @@ def trains_elsewhere(arguments: Sequence[str]) -> bool:
 def warm_up(entry: str) -> None:
     """Starts the server, which imports the module ``entry`` while this process goes on."""
     _CONTEXT.set_forkserver_preload([entry, *LATE])  # without effect if it runs already
-    # Held back, so that a SIGTERM to everybody, as Slurm sends it, does not end the server before its ranks have saved.
+    # Held back, so that a signal to everybody, as Slurm sends it, does not end the server before its ranks have saved.
     # What it forks inherits that, until it is ready to be told.
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         forkserver.ensure_running()
     finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class ForkedRank:
@@ -93,5 +93,5 @@ def _run(entry: str, run_directory: Path, output: Path | None) -> None:
     die_with_parent()
     # The server takes its time to end after the command has; this rank should not train on meanwhile.
     threading.Thread(target=_end_after_command, daemon=True).start()
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     importlib.import_module(entry).rank(run_directory)

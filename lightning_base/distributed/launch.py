@@ -10,22 +10,28 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import FrameType
-from typing import Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import psutil
 
-# What a rank gets to save and leave after SIGTERM, before SIGKILL; torchrun itself waits 30 s for its workers.
+# What asks a job to save and leave: people, terminals, and Slurm before it takes a machine away.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+# What ranks get to save and leave when asked to, before SIGKILL; and what they get when their root has died instead.
 GRACE_SECONDS = 45
+ORPHAN_SECONDS = 5
 # How often a job's processes are looked up.
 LOOK_SECONDS = 2
 PREEMPTED = 128 + signal.SIGTERM
 
 
-def command(run_directory: Path, *, devices: int, num_nodes: int, entry: str) -> list[str]:
+def command(
+    run_directory: Path, *, devices: int, num_nodes: int, entry: str, record: Path, max_restarts: int = 0
+) -> list[str]:
     """The command line of a job of several ranks.
 
     Args:
@@ -33,6 +39,8 @@ def command(run_directory: Path, *, devices: int, num_nodes: int, entry: str) ->
         devices: processes on this node.
         num_nodes: nodes; more than one takes NODE_RANK, MASTER_ADDR and MASTER_PORT from the environment.
         entry: the module each rank runs.
+        record: the file that says, after a failure, how ranks ended.
+        max_restarts: how many times all ranks are started anew after one has failed.
     """
     ranks = ["-m", entry, str(run_directory)]
     if num_nodes == 1:
@@ -46,7 +54,14 @@ def command(run_directory: Path, *, devices: int, num_nodes: int, entry: str) ->
                 ("master-port", "MASTER_PORT"),
             )
         ]
-    return [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={devices}", *where, *ranks]
+    patience = [
+        f"--max-restarts={max_restarts}",
+        f"--shutdown-timeout={GRACE_SECONDS}",
+        # SIGUSR1 and SIGUSR2 would end torchrun, and it alone.
+        f"--signals-to-handle={','.join(number.name for number in (*STOP_SIGNALS, signal.SIGHUP, signal.SIGQUIT))}",
+    ]
+    agent = [sys.executable, "-m", "lightning_base.distributed.agent", str(record)]
+    return [*agent, f"--nproc-per-node={devices}", *where, *patience, *ranks]
 
 
 @runtime_checkable
@@ -59,25 +74,42 @@ class Root(Protocol):
     def wait(self, timeout: float | None = None) -> int: ...
 
 
-def launch(start: list[str] | Callable[[], Root], output: Path | None = None) -> tuple[int, bool]:
-    """Runs a process tree to its end; a signal to this process ends the tree first.
+class Ended(NamedTuple):
+    """How a tree ended.
+
+    Args:
+        code: the exit code of its root, 128 and more for a signal.
+        asked: the signal by which this process was asked to stop meanwhile.
+        handler: what would have handled that signal; it is not called yet.
+    """
+
+    code: int
+    asked: signal.Signals | None = None
+    handler: Any = None
+
+
+def launch(
+    start: list[str] | Callable[[], Root], output: Path | None = None, look: Callable[[], None] = lambda: None
+) -> Ended:
+    """Runs a process tree to its end; a signal of ``STOP_SIGNALS`` to this process ends the tree first.
 
     Args:
         start: the command line of the tree's first process, or what starts that process.
         output: the file that takes what a command line prints; None leaves it to the terminal.
-
-    Returns:
-        The tree's exit code, and whether this process was asked to stop by SIGTERM meanwhile.
+        look: called every ``LOOK_SECONDS`` while the tree runs.
     """
     with tempfile.TemporaryDirectory(prefix="lightning_base_", ignore_cleanup_errors=True) as logs:
         child = start() if callable(start) else _popen(start, logs, output)
         seen: set[psutil.Process] = set()
+        code: int | None = None
         try:
             with _forward_signals(child) as received:
-                code = _wait(child, seen)
+                code = _wait(child, seen, look)
         finally:
-            _end_group(child, seen)
-    return code if code >= 0 else 128 - code, signal.SIGTERM in received
+            patience = GRACE_SECONDS if code is None or received else ORPHAN_SECONDS if code else 0
+            _end_tree(child, seen, patience, ended=code is not None)
+    code = code if code >= 0 else 128 - code
+    return Ended(code, *received[0]) if received else Ended(code)
 
 
 def die_with_parent() -> None:
@@ -108,35 +140,42 @@ def _environment(logs: str) -> dict[str, str]:
 
 
 @contextmanager
-def _forward_signals(child: Root) -> Iterator[list[int]]:
-    """While inside, SIGTERM and SIGINT reach the whole tree, and the second one kills it."""
-    received: list[int] = []
+def _forward_signals(child: Root) -> Iterator[list[tuple[signal.Signals, Any]]]:
+    """While inside, the first signal reaches the whole tree as SIGTERM, and the same one again kills it.
+
+    Another one is the same wish, of a terminal or a scheduler that tells everybody. Gives what has come, each with what
+    handled it before.
+    """
+    received: list[tuple[signal.Signals, Any]] = []
 
     def forward(number: int, frame: FrameType | None) -> None:
-        received.append(number)
-        _signal_group(child, signal.SIGTERM if len(received) == 1 else signal.SIGKILL)
-        if len(received) == 1:
+        if any(number == other for other, _ in received):
+            _signal_group(child, signal.SIGKILL)
+        elif not received:
+            _signal_group(child, signal.SIGTERM)
             signal.alarm(GRACE_SECONDS)
+        received.append((signal.Signals(number), before[number]))
 
     def give_up(number: int, frame: FrameType | None) -> None:
         _signal_group(child, signal.SIGKILL)
 
-    handlers = {signal.SIGTERM: forward, signal.SIGINT: forward, signal.SIGALRM: give_up}
-    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    handlers: dict[int, Any] = {**dict.fromkeys(STOP_SIGNALS, forward), signal.SIGALRM: give_up}
+    before: dict[int, Any] = {number: signal.getsignal(number) for number in handlers}
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
     try:
         yield received
     finally:
         signal.alarm(0)
         for number, handler in before.items():
             signal.signal(number, handler)
-    if signal.SIGINT in received:
-        raise KeyboardInterrupt
 
 
-def _wait(child: Root, seen: set[psutil.Process]) -> int:
+def _wait(child: Root, seen: set[psutil.Process], look: Callable[[], None]) -> int:
     """Waits for the root's end and remembers in ``seen`` who belonged to its tree: orphans tell nobody where from."""
     while True:
         seen.update(_descendants(child.pid))
+        look()
         with suppress(subprocess.TimeoutExpired):
             return child.wait(timeout=LOOK_SECONDS)
 
@@ -165,8 +204,23 @@ def _descendants(pid: int) -> list[psutil.Process]:
         return []
 
 
-def _end_group(child: Root, seen: set[psutil.Process]) -> None:
-    """Kills whatever of the tree outlived its root: the process group is the job's own."""
+def _end_tree(child: Root, seen: set[psutil.Process], seconds: float, *, ended: bool) -> None:
+    """Ends whatever of the tree is left; what can still save has ``seconds`` for it.
+
+    Args:
+        child: the root; the process group is the tree's own.
+        seen: who was in the tree.
+        seconds: from SIGTERM to SIGKILL.
+        ended: the root has; its ranks have got SIGTERM from the system by that.
+    """
+    seen.update(_descendants(child.pid))
+    deadline = time.monotonic() + seconds
+    if not ended:
+        # Somebody else's signal handler, or an error of this process, has come between.
+        _signal_group(child, signal.SIGTERM)
+        with suppress(subprocess.TimeoutExpired):
+            child.wait(timeout=seconds)
+    psutil.wait_procs(seen, timeout=max(0.0, deadline - time.monotonic()))
     _signal_group(child, signal.SIGKILL)
     _kill(seen)
     child.wait()

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.loggers import Logger
 from pytorch_lightning.strategies import Strategy
 from tiny_training import LENGTH, SEQUENCES, VOCABULARY, fit, language_model, leave, micro_batches
 from torch import Tensor
@@ -65,8 +66,24 @@ LAYOUTS = {
 }
 
 
+class Norms(Logger):
+    """Keeps the norm of every step; every rank has one."""
+
+    name, version = "norms", 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.values: list[float] = []
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        self.values += [value for name, value in metrics.items() if name == "train/gradient_norm"]
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+
 class Record(pl.Callback):
-    """Keeps what this rank has of every step: loss, norm, plans, loads and gradients."""
+    """Keeps what this rank has of every step: loss, plans, loads and gradients."""
 
     def __init__(self) -> None:
         self.steps: list[dict[str, Any]] = []
@@ -142,9 +159,10 @@ def train(router: str, layout: Layout, rank: int = 0) -> dict[str, Any]:
     last = (2, 1) if module.loss_coefficients else (0, 0)
     lengths = [(LENGTH,) * SEQUENCES, (LENGTH, 3, 5, LENGTH, 1, 7, 2, 1), (LENGTH, 3, 5, LENGTH, 1, 7, *last)]
     batches = [b for step in range(STEPS) for b in micro_batches(step, rank=rank, lengths=lengths[step], **cut)]
-    fit(module, batches, record, **cut, strategy=layout.strategy(), gradient_clip_val=CLIP)
+    norms = Norms()
+    fit(module, batches, record, **cut, strategy=layout.strategy(), gradient_clip_val=CLIP, logger=norms)
     return {
-        "steps": record.steps,
+        "steps": [{**step, "norm": norm} for step, norm in zip(record.steps, norms.values, strict=True)],
         "weights": held(module, dict(module.named_parameters())),
         "buffers": {name: buffer.clone() for name, buffer in module.named_buffers()},
         "lengths": lengths,

@@ -21,7 +21,8 @@ open(sys.argv[1], "w").write(str(child.pid))
 time.sleep(600)
 """
 PATIENT = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)\n" + ROOT
-LAUNCHER = "import sys; from lightning_base.distributed.launch import launch; print(launch(sys.argv[1:]))"
+LAUNCHER = "import sys; from lightning_base.distributed.launch import launch; code, asked, _ = launch(sys.argv[1:]); "
+LAUNCHER += "print((code, asked is not None))"
 
 
 def start(folder: Path, root: str) -> tuple[subprocess.Popen, psutil.Process]:

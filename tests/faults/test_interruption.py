@@ -14,6 +14,8 @@ import pytest
 import torch
 from forks import Forked
 
+from lightning_base.distributed.heartbeat import read_beats
+
 STEPS = 60
 LONG = (f"trainer.max_steps={STEPS}", "trainer.checkpoint_every_n_steps=10", "trainer.validate_every_n_steps=20")
 
@@ -40,6 +42,13 @@ def wait_for_step(folder: Path, step: int, process: Forked | subprocess.Popen, s
         assert process.poll() is None, process.communicate(timeout=10)
         time.sleep(0.05)
     raise AssertionError(f"step {step} was not reached in {seconds} s")
+
+
+def rank_processes(directory: Path, ranks: int = 2) -> dict[int, int]:
+    """The process of every rank of a running job, as its heartbeat says."""
+    found = {rank: beat.pid for rank, beat in read_beats(directory / "heartbeats" / "node_0").items()}
+    assert sorted(found) == list(range(ranks))
+    return found
 
 
 def wait_until_gone(folder: Path, seconds: float = 60) -> list[str]:
@@ -132,10 +141,14 @@ def test_a_killed_rank_ends_the_job_with_a_status(
     directory = wait_for_step(tmp_path, 13, process)
     # The launcher's child is torchrun, and its children are the ranks.
     (torchrun,) = (child for child in psutil.Process(process.pid).children() if len(child.children()) == 2)
-    max(torchrun.children(), key=lambda rank: rank.pid).kill()
+    killed = max(torchrun.children(), key=lambda rank: rank.pid)
+    (rank,) = (rank for rank, pid in rank_processes(directory).items() if pid == killed.pid)
+    killed.kill()
     process.communicate(timeout=120)
     assert process.returncode == 1
-    assert program.read(directory / "status.json")["state"] == "failed"
+    status = program.read(directory / "status.json")
+    assert (status["state"], status["rank"]) == ("failed", rank)
+    assert f"rank {rank} was killed by SIGKILL after step" in status["error"]
     assert wait_until_gone(tmp_path) == []
 
 

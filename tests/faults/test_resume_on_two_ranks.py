@@ -1,12 +1,16 @@
-"""A job of two ranks is told to stop and goes on: totals, losses and recorded plans as if nobody had interrupted it."""
+"""A job of two ranks is told to stop and goes on: totals, losses and recorded plans as if nobody had interrupted it.
 
+Or a rank of it is killed, and torchrun starts all of them anew.
+"""
+
+import os
 import signal
 from pathlib import Path
 
 import numpy as np
 import program
 import pytest
-from test_interruption import wait_for_step
+from test_interruption import rank_processes, wait_for_step, wait_until_gone
 
 STEPS = 32
 ARGUMENTS = (
@@ -86,3 +90,22 @@ def test_recorded_plans_are_those_of_an_undisturbed_run(undisturbed: Path, resum
             assert all((one[column] == other[column]).all() for column in one.files), name
     index = program.read(resumed / "plans" / "recording.json")
     assert len(index["files"]) == len(found)
+
+
+def test_ranks_that_torchrun_starts_anew_go_on_by_themselves(
+    small_corpus: list[str], tmp_path: Path, undisturbed: Path
+) -> None:
+    options = ("strategy.max_restarts=1", "strategy.timeout_seconds=60", f"runs_dir={tmp_path}")
+    process = program.start(*small_corpus, *ARGUMENTS, *options)
+    directory = wait_for_step(tmp_path, 12, process)  # past the checkpoint of step 10
+    os.kill(rank_processes(directory)[1], signal.SIGKILL)
+    _, errors = process.communicate(timeout=240)
+    assert process.returncode == 0, errors
+    status = program.read(directory / "status.json")
+    assert (status["state"], status["restarts"]) == ("done", 1)
+    for name in ("train/loss", "validation/loss", "final/loss"):
+        assert program.series(directory, name) == program.series(undisturbed, name)
+    totals = [program.read(path / "manifest.json") for path in (undisturbed, directory)]
+    for field in ("tokens", "assignments", "assignments_dropped", "batch_fingerprint"):
+        assert totals[0][field] == totals[1][field], field
+    assert wait_until_gone(tmp_path) == []

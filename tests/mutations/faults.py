@@ -231,8 +231,8 @@ FAULTS = [
     Fault(
         "the fingerprint of batches is that of the first rank",
         "callbacks/certificate.py",
-        "            parts = gathered\n",
-        "            parts = gathered[:1]\n",
+        "parts = over_ranks((self.total, self.sequences))\n",
+        "parts = over_ranks((self.total, self.sequences))[:1]\n",
         "distributed/test_world_size_changes_nothing.py",
     ),
     Fault(
@@ -392,8 +392,9 @@ FAULTS = [
     Fault(
         "a mistake in the last arm of a sweep shows when its turn has come",
         "sweep.py",
-        "            checked = read_config(plain)\n",
-        "            checked = read_config(plain) if not jobs else corpora[0]\n",
+        "            checked, plain, run = check_job(config, overrides)\n",
+        "            plain, run = {}, RunDirectory(sweep / str(len(jobs)))\n"
+        "            checked = corpora[0] if jobs else check_job(config, overrides)[0]\n",
         "test_bad_input.py -k sweep",
     ),
     Fault(
