@@ -9,10 +9,11 @@ SEEDS ?= 1,2,3
 FORM ?= quick
 # Arms are compared seed by seed; an experiment that lists seeds of its own, or ARGS with some, is left as it is.
 seeds = $(if $(or $(findstring seed=,$(ARGS)),$(shell grep -sl '^ *seed:' conf/experiment/$(EXPERIMENT).yaml)),,seed=$(SEEDS))
-# What docs/claims.md is made from, in the order in which one needs another.
-CLAIMS := compare gate router_scale router_learning_rate learning_rate router_norm num_experts placement expert_size \
-	group_size solver paper final_plan replay_final length english
-ABLATIONS := $(filter-out final_plan,$(patsubst conf/experiment/%.yaml,%,$(wildcard conf/experiment/*.yaml)))
+# What the claims of docs/claims.md are judged by, and what it explains BASE's place with, in the order in which one
+# experiment needs another.
+CLAIMS := compare paper placement expert_size solver group_size english
+REASONS := epochs gate router_scale router_learning_rate learning_rate router_norm num_experts final_plan replay_final length
+ABLATIONS := $(filter-out $(CLAIMS) $(REASONS),$(patsubst conf/experiment/%.yaml,%,$(wildcard conf/experiment/*.yaml)))
 
 .DEFAULT_GOAL := help
 
@@ -61,7 +62,7 @@ ablation:  ## NAME=name: the same as experiment, for an ablation
 
 .PHONY: ablations
 ablations: setup-dev  ## All experiments, one after the other; those that are done are skipped
-	@for name in $(CLAIMS) $(filter-out $(CLAIMS),$(ABLATIONS)); do $(MAKE) --no-print-directory experiment EXPERIMENT=$$name || exit; done
+	@for name in $(CLAIMS) $(REASONS) $(ABLATIONS); do $(MAKE) --no-print-directory experiment EXPERIMENT=$$name || exit; done
 
 .PHONY: claims
 claims: setup-dev  ## Runs what the paper's claims are judged by, goes on where it was, and fills docs/claims.md
@@ -77,6 +78,11 @@ analysis: setup  ## RUN=runs/compare/router=base: what the experts of a finished
 	@$(if $(RUN),,echo "error: say which: make analysis RUN=runs/compare/router=base" && exit 2)
 	@$(BIN)/python experiments/analysis.py "$(RUN)" $(ARGS)
 
+.PHONY: export
+export: setup  ## RUN=runs/compare/router=base,seed=1: its newest checkpoint as export/model.safetensors with a JSON beside it
+	@$(if $(RUN),,echo "error: say which: make export RUN=runs/compare/router=base,seed=1" && exit 2)
+	@$(BIN)/python experiments/export.py "$(RUN)" $(ARGS)
+
 .PHONY: tensorboard
 tensorboard: setup  ## Shows all runs at http://localhost:6006
 	@echo "arms side by side: http://localhost:6006/#custom_scalars; their options and results: http://localhost:6006/#hparams"
@@ -87,7 +93,7 @@ screenshots: setup-dev  ## EXPERIMENT=name: photographs TensorBoard with its run
 	@$(BIN)/python tests/tensorboard/screenshots.py "$(RUNS)/$(EXPERIMENT)" docs/images
 
 .PHONY: benchmark
-benchmark: setup-dev  ## Layer, step, harness, start, data and solver, the short form: about ten minutes on two cores
+benchmark: setup-dev  ## Layer, step, harness, start, data, ranks and solver, the short form: about ten minutes on two cores
 	@$(BIN)/python experiments/benchmark.py all --quick --json $(RUNS)/benchmark.json $(ARGS)
 
 .PHONY: benchmark-check

@@ -2,7 +2,7 @@
 
 import sys
 
-from lightning_base.report.write import main
+from lightning_base.commands import run
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run("report"))

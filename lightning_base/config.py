@@ -12,6 +12,8 @@ from typing import Any, Literal
 from lightning_base.instantiation import ConfigError, check_arguments, instantiate
 from lightning_base.model import sparse_positions
 from lightning_base.moe.experts import Activation
+from lightning_base.moe.shuffle import check_shuffle
+from lightning_base.plugins import declare
 from lightning_base.routing.router import Router
 from lightning_base.trainer_arguments import check_trainer_argument
 
@@ -35,6 +37,7 @@ class ModelConfig:
     sublayers: int = 1
     split_width: bool = True
     router_norm: bool = True
+    shuffle_tokens: bool | int = False
 
     def __post_init__(self) -> None:
         for key in ("width", "depth", "heads", "ffn_width", "sublayers"):
@@ -43,6 +46,9 @@ class ModelConfig:
         if self.positions == "rotary":
             head = self.width // self.heads
             require(head % 2 == 0, "model.heads", self.heads, f"rotary positions need an even head width, not {head}")
+        shuffle = isinstance(self.shuffle_tokens, bool) or self.shuffle_tokens >= 1
+        accepted = "give true, false, or the number of sequences to shuffle among"
+        require(shuffle, "model.shuffle_tokens", self.shuffle_tokens, accepted)
         try:
             sparse_positions(self.sparse_layers, self.depth, self.placement)
         except ValueError as error:
@@ -67,8 +73,8 @@ class ModuleConfig:
     def __post_init__(self) -> None:
         positive = 0 < self.learning_rate < math.inf
         require(positive, "module.learning_rate", self.learning_rate, "give a number above 0")
-        final = 0 <= self.final_learning_rate <= self.learning_rate
-        require(final, "module.final_learning_rate", self.final_learning_rate, "between 0 and module.learning_rate")
+        final = 0 <= self.final_learning_rate < math.inf
+        require(final, "module.final_learning_rate", self.final_learning_rate, "give 0 or more")
         require(self.warmup_steps >= 0, "module.warmup_steps", self.warmup_steps, "give 0 or more")
         for key in ("router_learning_rate_factor", "router_init_scale"):
             require(0 < getattr(self, key) < math.inf, f"module.{key}", getattr(self, key), "give a number above 0")
@@ -112,13 +118,17 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class StrategyConfig:
-    name: Literal["single", "ddp"] = "single"
+    name: Literal["single", "ddp", "expert_parallel", "fsdp"] = "single"
     timeout_seconds: int = 180
     max_restarts: int = 0
+    expert_group: int | None = None
+    shared: Literal["ddp", "fsdp"] = "ddp"
 
     def __post_init__(self) -> None:
         require(self.timeout_seconds >= 1, "strategy.timeout_seconds", self.timeout_seconds, "give at least 1")
         require(self.max_restarts >= 0, "strategy.max_restarts", self.max_restarts, "give 0 or more")
+        group = self.expert_group is None or self.expert_group >= 1
+        require(group, "strategy.expert_group", self.expert_group, "give at least 1 rank, or null for all")
 
 
 @dataclass(frozen=True)
@@ -182,11 +192,20 @@ class Config:
     strategy: StrategyConfig
     trainer: TrainerConfig
     logger: LoggerConfig
+    resume: str = "auto"
+    plugins: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         path = self.name in ("", ".", "..") or "/" in self.name
         require(not path, "name", repr(self.name), "give a name for a folder under runs_dir")
         require(0 <= self.seed < 2**63, "seed", self.seed, "give 0 or more")
+
+    @property
+    def expert_group(self) -> int:
+        """Ranks that share the experts of a layer; 1 where every rank holds all of them."""
+        if self.strategy.name != "expert_parallel":
+            return 1
+        return self.strategy.expert_group or self.trainer.world_size
 
     def build_router(self) -> Router:
         """A router of this configuration, with parameters not yet drawn."""
@@ -202,6 +221,7 @@ def read_config(node: Mapping[str, Any]) -> Config:
         ConfigError: one sentence about the first mistake.
     """
     config = _build(Config, node, "")
+    declare(config.plugins)
     try:
         _check_across(config)
     except ConfigError:
@@ -265,6 +285,7 @@ def _check_across(config: Config) -> None:
             f"trainer.devices={trainer.devices} and trainer.num_nodes={trainer.num_nodes} need several processes, "
             "which strategy=single does not start: add strategy=ddp"
         )
+    _check_strategy(config, router)
     if trainer.num_nodes > 1 and config.strategy.max_restarts:
         raise ConfigError(
             f"strategy.max_restarts={config.strategy.max_restarts} works on one node, and "
@@ -273,6 +294,19 @@ def _check_across(config: Config) -> None:
     check_batch(
         config.data.global_batch, trainer.world_size, trainer.accumulate_grad_batches, config.data.routing_group
     )
+    if config.model.shuffle_tokens is not False:
+        if trainer.record_plans:
+            raise ConfigError(
+                "trainer.record_plans=true with model.shuffle_tokens: a recording is looked up by the tokens of whole "
+                "routing groups, which the shuffle deals out; set one of the two to false"
+            )
+        check_shuffle(
+            config.model.shuffle_tokens,
+            router,
+            routing_group=config.data.routing_group,
+            global_batch=config.data.global_batch,
+            accumulation=trainer.accumulate_grad_batches,
+        )
     start = config.module.initial_weights
     if start is not None:
         from lightning_base.checkpoint import verify
@@ -280,10 +314,48 @@ def _check_across(config: Config) -> None:
         problem = verify(Path(start))
         if problem is not None:
             raise ConfigError(f"module.initial_weights={start}: {problem}; give a checkpoint that a run has left")
-    if config.module.warmup_steps > trainer.max_steps:
+
+
+def fit_schedule(config: Config) -> tuple[ModuleConfig, list[str]]:
+    """The schedule cut to the run where another key leaves it no room, and a sentence for each cut.
+
+    A first try with ``trainer.max_steps=4`` or a low rate should not fail on a default that nobody thought of.
+    """
+    module, steps = config.module, config.trainer.max_steps
+    cut: dict[str, float] = {}
+    sentences = []
+    if module.warmup_steps > steps:
+        cut["warmup_steps"] = steps // 8
+        sentences.append(
+            f"module.warmup_steps={module.warmup_steps} exceeds trainer.max_steps={steps}: warming up for {steps // 8}"
+        )
+    if module.final_learning_rate > module.learning_rate:
+        cut["final_learning_rate"] = module.learning_rate / 10
+        sentences.append(
+            f"module.final_learning_rate={module.final_learning_rate:g} exceeds module.learning_rate="
+            f"{module.learning_rate:g}: ending at {module.learning_rate / 10:g}"
+        )
+    return dataclasses.replace(module, **cut), sentences  # type: ignore[arg-type]
+
+
+def _check_strategy(config: Config, router: Router) -> None:
+    """Whether ranks can share experts and parameters as they are told to."""
+    trainer, group = config.trainer, config.expert_group
+    if trainer.world_size % group:
         raise ConfigError(
-            f"module.warmup_steps={config.module.warmup_steps} exceeds trainer.max_steps={trainer.max_steps}: "
-            "warm up for fewer steps or train for more"
+            f"strategy.expert_group={group} does not divide the {trainer.world_size} ranks of trainer.devices x "
+            f"trainer.num_nodes = {trainer.devices} x {trainer.num_nodes}: choose one that does, or null for all ranks"
+        )
+    # A single expert is copied, so that a dense arm can be compared.
+    if router.num_experts > 1 and router.num_experts % group:
+        raise ConfigError(
+            f"router.num_experts={router.num_experts} cannot be shared equally by the {group} ranks of an expert "
+            f"group: choose a multiple of {group}, or a smaller strategy.expert_group"
+        )
+    if config.strategy.name in ("expert_parallel", "fsdp") and trainer.precision == "16-mixed":
+        raise ConfigError(
+            f"trainer.precision=16-mixed with strategy={config.strategy.name}: ranks that hold different parameters "
+            "would skip different steps when a gradient overflows; use bf16-mixed"
         )
 
 

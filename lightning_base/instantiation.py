@@ -17,10 +17,17 @@ ALLOWED = (
     "torch.optim.AdamW",
     "torch.optim.SGD",
 )
+# Packages and classes of others that this process may name too; see ``plugins``.
+_TRUSTED: set[str] = set()
 
 
 class ConfigError(ValueError):
     """One sentence that names the key, what was given and what would do."""
+
+
+def trust(name: str) -> None:
+    """Allows configurations of this process to name a class, or the classes of a package."""
+    _TRUSTED.add(name)
 
 
 def resolve(target: str, key: str, base: type) -> type:
@@ -29,11 +36,14 @@ def resolve(target: str, key: str, base: type) -> type:
     Raises:
         ConfigError: outside the allow-list, not there, or not such a class.
     """
-    own = target.startswith("lightning_base.")
+    home = next((root for root in ("lightning_base", *_TRUSTED) if target.startswith(f"{root}.")), None)
+    home = target if target in _TRUSTED else home
     # Held against the list before the import too: importing a module runs it.
-    if not own and target not in ALLOWED:
+    if home is None and target not in ALLOWED:
+        package = target.partition(".")[0]
         raise ConfigError(
-            f"{key}._target_={target} is not allowed: name a class of lightning_base or one of {', '.join(ALLOWED)}"
+            f"{key}._target_={target} is not allowed: name a class of lightning_base or one of "
+            f"{', '.join(ALLOWED)}, or declare its package: plugins=[{package}]"
         )
     module_name, _, name = target.rpartition(".")
     try:
@@ -41,8 +51,9 @@ def resolve(target: str, key: str, base: type) -> type:
         found = getattr(module, name)
     except (ImportError, AttributeError) as error:
         raise ConfigError(f"{key}._target_={target} does not exist: {error}") from error
-    if own and not getattr(found, "__module__", "").startswith("lightning_base."):
-        raise ConfigError(f"{key}._target_={target} is not allowed: it only passes through lightning_base")
+    package = target.partition(".")[0]
+    if home is not None and not f"{getattr(found, '__module__', '')}.".startswith(f"{package}."):
+        raise ConfigError(f"{key}._target_={target} is not allowed: it only passes through {package}")
     if not (inspect.isclass(found) and issubclass(found, base)):
         raise ConfigError(f"{key}._target_={target} is not a {base.__name__}")
     if found is base:
@@ -101,6 +112,13 @@ def check_arguments(arguments: Mapping[str, Any], found: type, key: str, hidden:
     if missing:
         raise ConfigError(f"{prefix}{missing[0]} is missing: {found.__name__} needs it")
     return taken
+
+
+def plain_defaults(found: type) -> dict[str, Any]:
+    """The options of a class that have a default which YAML can write."""
+    parameters = inspect.signature(found).parameters.items()
+    plain = (bool, int, float, str, list, dict, type(None))
+    return {name: p.default for name, p in parameters if isinstance(p.default, plain)}
 
 
 def fits(value: object, hint: Any) -> bool:

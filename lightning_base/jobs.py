@@ -12,13 +12,18 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from lightning_base.config import Config, check_devices, check_loggers, read_config
+from lightning_base.claim import InUseError, claimed, in_use, is_here_and_alive, read_owner
+from lightning_base.config import Config, check_devices, check_loggers, fit_schedule, read_config
 from lightning_base.data import Corpus, prepare_for_run
 from lightning_base.distributed.share import Share
 from lightning_base.distributed.slurm import MEETING_POINT, meeting_point
 from lightning_base.instantiation import ConfigError, instantiate
-from lightning_base.run_directory import RunDirectory
+from lightning_base.resume import NEVER, check_resume, start_over
+from lightning_base.run_directory import EXECUTION, RunDirectory, under
 from lightning_base.tree import LIVE_TABLE, node_rank, run_tree, say, shown
+
+# What a run that goes on may do in another way than it began: nothing that is computed depends on it.
+MAY_CHANGE = (*EXECUTION, "resume", "trainer.progress_bar", "trainer.keep_checkpoints", "data.cache_dir")
 
 # The jobs this process has taken on, for the summary of a run without a sweep.
 STARTED: list[RunDirectory] = []
@@ -39,18 +44,36 @@ def job(composed: DictConfig) -> float | None:
     check_devices(config.trainer)
     check_loggers(config.logger)
     check_nodes(config)
-    first_node = node_rank(config) == 0
-    left = check_run_directory(run, plain) if first_node else run.status().get("state") != "done"
-    if not left:
-        say(f"skipping {shown(run.path)}: it is done")
-        return validation_loss(run)
-    prepared = prepare_data(config)
-    if first_node:
-        write_job(run, plain, list(hydra_config.overrides.task), prepared)
-        say(f"running {shown(run.path)}")
-    else:
+    own_process = not in_parent or config.trainer.world_size > 1
+    if node_rank(config):
+        if run.status().get("state") == "done":
+            say(f"skipping {shown(run.path)}: it is done")
+            return validation_loss(run)
+        prepare_data(config)
         wait_for_config(run, plain, config.strategy.timeout_seconds)
-    state = run_tree(run, config, own_process=not in_parent or config.trainer.world_size > 1)
+        return outcome(run, run_tree(run, config, own_process=own_process))
+    # Before the claim, which would leave its file in somebody else's folder, and again with it.
+    check_run_directory(run, plain)
+    try:
+        with claimed(run.path, say):
+            if not check_run_directory(run, plain):
+                say(f"skipping {shown(run.path)}: it is done")
+                return validation_loss(run)
+            check_resume(run, config.resume)
+            prepared = prepare_data(config)
+            if config.resume == NEVER and not is_requeued():
+                start_over(run)
+            write_job(run, plain, list(hydra_config.overrides.task), prepared)
+            for sentence in fit_schedule(config)[1]:
+                say(sentence)
+            say(f"running {shown(run.path)}")
+            return outcome(run, run_tree(run, config, own_process=own_process))
+    except InUseError as error:
+        raise ConfigError(str(error)) from error
+
+
+def outcome(run: RunDirectory, state: str) -> float | None:
+    """What a sweeper is told of a job that has ended."""
     return validation_loss(run) if state == "done" else None
 
 
@@ -116,12 +139,20 @@ def check_run_directory(run: RunDirectory, plain: dict[str, Any]) -> bool:
         if isinstance(error, ConfigError):
             raise
         raise ConfigError(f"the run directory {path} cannot be used ({error}): {remedy}") from error
-    if run.is_alive():
-        raise ConfigError(f"the run directory {path} is in use by process {run.status()['pid']}: wait for it or end it")
-    different = differing_keys(before, plain)
+    owner = read_owner(run.path)
+    if owner is not None and is_here_and_alive(owner):
+        raise ConfigError(in_use(run.path, owner))
+    if plain.get("resume") == NEVER and not is_requeued():
+        return True
+    different = [key for key in differing_keys(before, plain) if not under(key, MAY_CHANGE)]
     if different:
         raise ConfigError(f"the run directory {path} holds a run with another {', '.join(different)}: {remedy}")
     return state != "done"
+
+
+def is_requeued() -> bool:
+    """Whether Slurm has started this job again by itself: then even resume=never goes on."""
+    return os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
 
 
 def differing_keys(a: Any, b: Any, prefix: str = "") -> list[str]:
@@ -129,7 +160,8 @@ def differing_keys(a: Any, b: Any, prefix: str = "") -> list[str]:
     if isinstance(a, dict) and isinstance(b, dict):
         keys = sorted(set(a) | set(b), key=str)
         return [found for key in keys for found in differing_keys(a.get(key), b.get(key), f"{prefix}{key}.")]
-    return [] if a == b else [prefix.rstrip(".")]
+    # An option that is younger than the run and not used is no difference.
+    return [] if a == b or (a is None and b == []) else [prefix.rstrip(".")]
 
 
 def check_nodes(config: Config) -> None:

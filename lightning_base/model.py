@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_base.moe.experts import ACTIVATIONS, Activation, Experts
 from lightning_base.moe.layer import SparseLayer
+from lightning_base.moe.shuffle import Shuffle
 from lightning_base.routing.plan import RoutingPlan
 from lightning_base.routing.router import Router
 
@@ -129,6 +130,8 @@ class Transformer(nn.Module):
         sublayers: residual blocks per expert.
         split_width: a router with k > 1 gets experts of width ffn_width / k, so that a token costs the same.
         router_norm: routers see LayerNorm(h) instead of h.
+        shuffle_tokens: in training, tokens are dealt out at random to the routing groups of the step, or of each so
+            many of its sequences; see ``Shuffle``.
         checkpoint_activations: recompute the blocks in the backward pass instead of storing them.
     """
 
@@ -150,6 +153,7 @@ class Transformer(nn.Module):
         sublayers: int = 1,
         split_width: bool = True,
         router_norm: bool = True,
+        shuffle_tokens: bool | int = False,
         checkpoint_activations: bool = False,
     ) -> None:
         super().__init__()
@@ -172,7 +176,10 @@ class Transformer(nn.Module):
                 sublayers=sublayers,
                 activation=activation,
             )
-            return SparseLayer(router, experts, routing_group=routing_group, router_norm=router_norm)
+            shuffle = None
+            if shuffle_tokens is not False:
+                shuffle = Shuffle(routing_group, None if shuffle_tokens is True else shuffle_tokens)
+            return SparseLayer(router, experts, routing_group=routing_group, router_norm=router_norm, shuffle=shuffle)
 
         chosen = sparse_positions(sparse_layers, depth, placement)
         blocks: dict[str, Block] = {}

@@ -9,18 +9,24 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
 
 from lightning_base.auxiliary_losses import StepCounts, auxiliary_losses, step_counts
+from lightning_base.checkpoint import PARAMETER_NAMES
+from lightning_base.gradients import clip_gradients, gradient_norm, local
 from lightning_base.instantiation import instantiate
 from lightning_base.metrics.language_model import LanguageModelLoss
 from lightning_base.model import Transformer, initialize
-from lightning_base.moe.layer import set_evaluation_mode
+from lightning_base.moe.exchange import Exchange
+from lightning_base.moe.layer import set_evaluation_mode, without_exchange
 from lightning_base.reduction import sum_over_ranks
 from lightning_base.routing.plan import RoutingPlan
 from lightning_base.routing.router import Router
+from lightning_base.routing.selection import full_precision
 
 IGNORED = -100
 
@@ -70,6 +76,7 @@ class LanguageModel(pl.LightningModule):
     Attributes:
         plans: the RoutingPlan of each sparse layer in the last forward pass, detached.
         last_checkpoint: the newest checkpoint from which a finite loss was computed, for the message of a failure.
+        held_with: parameters of which this rank holds a part, with the ranks that hold the whole together.
         unproven_checkpoint: a newer one, until that is known; set by whoever saves. Weights can be finite and useless.
     """
 
@@ -121,6 +128,7 @@ class LanguageModel(pl.LightningModule):
         # Not a submodule: the state dict keeps one set of names, compiled or not.
         self._forward = [torch.compile(self.model) if compile else self.model]
         self.plans: dict[str, RoutingPlan] = {}
+        self.held_with: dict[nn.Parameter, ProcessGroup] = {}
         self.last_checkpoint: str | None = None
         self.unproven_checkpoint: str | None = None
         self._step_sums: dict[str, Tensor] = {}
@@ -128,7 +136,10 @@ class LanguageModel(pl.LightningModule):
         self._step_counts: StepCounts = {}
 
     def setup(self, stage: str) -> None:
-        """Takes from the data, if it knows them, the bytes of each token, for bits per byte, and its frequency."""
+        """Takes from the data, if it knows them, the bytes of each token, for bits per byte, and its frequency.
+
+        With several ranks, lets the tokens of a shuffle go from one to another.
+        """
         prepared = getattr(getattr(self.trainer, "datamodule", None), "prepared", None)
         if prepared is not None:
             known = torch.from_numpy(prepared.bytes_per_token)
@@ -139,6 +150,11 @@ class LanguageModel(pl.LightningModule):
                 token_counts[: len(known)] = torch.from_numpy(prepared.train.token_counts(len(known))).to(token_counts)
                 for router in routers:
                     router.prepare(token_counts)
+        padding = getattr(getattr(self.trainer, "datamodule", None), "packing", None) != "packed"
+        for layer in self.model.sparse_layers.values():
+            if layer.shuffle is not None and self.trainer.world_size > 1:
+                assert dist.group.WORLD is not None
+                layer.shuffle.exchange, layer.shuffle.padding = Exchange(dist.group.WORLD), padding
 
     def forward(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, RoutingPlan]]:
         """Logits [B, L, V] and the plan of each sparse layer."""
@@ -153,16 +169,18 @@ class LanguageModel(pl.LightningModule):
         return output.logits, output.plans
 
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
+        micro_batch = batch_idx % self.trainer.accumulate_grad_batches
+        self._shuffle_as(micro_batch)
         logits, plans = self(batch)
         nll = F.cross_entropy(
-            logits.flatten(0, 1).float(), batch["targets"].flatten(), ignore_index=IGNORED, reduction="sum"
+            full_precision(logits.flatten(0, 1)), batch["targets"].flatten(), ignore_index=IGNORED, reduction="sum"
         )
         for layer, plan in self.plans.items():
             sums = self._router_sums.setdefault(layer, {})
             for name, value in self.model.sparse_layers[layer].router.step_sums(plan).items():
                 sums[name] = sums[name] + value if name in sums else value
         parts = self.trainer.world_size * self.trainer.accumulate_grad_batches
-        if batch_idx % self.trainer.accumulate_grad_batches == 0:
+        if micro_batch == 0:
             self._step_counts = self._count_step(plans, batch)
         share = nll / batch["step_targets"].reshape(-1)[0]
         loss = share * parts
@@ -178,21 +196,13 @@ class LanguageModel(pl.LightningModule):
         return loss
 
     def on_train_batch_end(self, outputs: object, batch: Mapping[str, Tensor], batch_idx: int) -> None:
-        if (batch_idx + 1) % self.trainer.accumulate_grad_batches:
-            return
-        # Sums over micro batches, then over ranks: the loss of the global batch.
-        reduced = sum_over_ranks(self._step_sums, self._reduce)
-        self._step_sums = {}
-        # An explicit step counts the steps done; Lightning's own is one behind in training and not in validation.
-        values: dict[str, Any] = {f"train/{name}": value for name, value in reduced.items() if name != "loss"}
-        self.log("train/loss", reduced["loss"])
-        self.log_dict({**values, "train/learning_rate": self._learning_rate(), "step": float(self.global_step)})
+        self._shuffle_as(None)
 
     def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
         logits, _ = self(batch)
         targets = batch["targets"].flatten()
         # Chosen from the losses, not from the logits, which are V times as many.
-        nll = F.cross_entropy(logits.flatten(0, 1).float(), targets, ignore_index=IGNORED, reduction="none")
+        nll = F.cross_entropy(full_precision(logits.flatten(0, 1)), targets, ignore_index=IGNORED, reduction="none")
         counted = targets != IGNORED
         self.validation_loss.update(nll[counted], self.bytes_per_token[targets[counted]])
 
@@ -247,13 +257,6 @@ class LanguageModel(pl.LightningModule):
         for layer, sums in self._router_sums.items():
             self.model.sparse_layers[layer].router.end_step({name: reduced[layer, name] for name in sums})
         self._router_sums = {}
-        gradients = [p.grad for p in self.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        if not bool(torch.isfinite(norm)) and self.trainer.precision != "16-mixed":
-            # Before the weights take it up and are saved; with 16-mixed the scaler skips such a step by itself.
-            raise NonFiniteError(self._not_finite("The gradient", "in the backward pass, with a finite loss"))
-        self.log("train/gradient_norm", norm)
-        self._gradient_norm = norm
 
     def configure_gradient_clipping(
         self,
@@ -261,9 +264,49 @@ class LanguageModel(pl.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clips to the norm that has just been taken, which Lightning would take again."""
+        """Takes the norm once: to see that it is finite, to log it and to clip to it."""
+        norm = gradient_norm(self.parameters(), self.held_with)
+        if not bool(torch.isfinite(norm)) and self.trainer.precision != "16-mixed":
+            # Before the weights take it up and are saved; with 16-mixed the scaler skips such a step by itself.
+            raise NonFiniteError(self._not_finite("The gradient", "in the backward pass, with a finite loss"))
+        self._log_step(norm)
         if gradient_clip_val is not None:
-            torch.nn.utils.clip_grads_with_norm_(self.parameters(), gradient_clip_val, self._gradient_norm)
+            clip_gradients(self.parameters(), gradient_clip_val, norm)
+
+    def _log_step(self, gradient_norm: Tensor) -> None:
+        """Logs the step in progress.
+
+        Written here and not by Lightning, whose rows come after the callbacks of the step: a checkpoint is saved by one
+        of these, and has to come after all rows of its step, or a kill between the two would lose some.
+        """
+        step, sums = self.global_step + 1, self._step_sums
+        self._step_sums = {}
+        if not self._is_logged(step):
+            return
+        # Sums over micro batches, then over ranks: the loss of the global batch.
+        reduced = sum_over_ranks(sums, self._reduce)
+        self.log("train/loss", reduced["loss"], logger=False)
+        if step % self.trainer.log_every_n_steps:  # type: ignore[attr-defined]
+            return
+        values = {f"train/{name}": float(value) for name, value in reduced.items()}
+        values |= {"train/gradient_norm": float(gradient_norm), "train/learning_rate": self._learning_rate(step)}
+        for logger in self.trainer.loggers:
+            logger.log_metrics(values, step)
+
+    def _is_logged(self, step: int) -> bool:
+        """Whether anybody looks at a step: loggers write every n; a bar wants the first, an evaluation the last.
+
+        Lightning's own check comes after its bookkeeping, which takes a hundredth of a small step.
+        """
+        return step % self.trainer.log_every_n_steps == 0 or step in (1, self.max_steps)  # type: ignore[attr-defined]
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        # By name, so that what the optimizer knows of a parameter is found whatever holds it.
+        names = {parameter: name for name, parameter in self.named_parameters()}
+        checkpoint[PARAMETER_NAMES] = [
+            [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
+            for optimizer in self.trainer.optimizers
+        ]
 
     def _learning_rate_factor(self, step: int) -> float:
         options = self.optimizer_options
@@ -277,9 +320,9 @@ class LanguageModel(pl.LightningModule):
         left = 1 - done if options["schedule"] == "linear" else (1 + math.cos(math.pi * done)) / 2
         return final + (1 - final) * left
 
-    def _learning_rate(self) -> float:
-        """The rate of the step just taken: the scheduler has already moved on to the next."""
-        return float(self.optimizer_options["learning_rate"]) * self._learning_rate_factor(self.global_step - 1)
+    def _learning_rate(self, step: int) -> float:
+        """The rate of a step; the first is 1."""
+        return float(self.optimizer_options["learning_rate"]) * self._learning_rate_factor(step - 1)
 
     def _count_step(self, plans: Mapping[str, RoutingPlan], batch: Mapping[str, Any]) -> StepCounts:
         """Counts over the whole optimizer step for losses that need them, when its first micro batch is at hand.
@@ -290,12 +333,22 @@ class LanguageModel(pl.LightningModule):
         counts = step_counts(plans)
         if not counts:
             return {}
-        for part in batch.get("ahead", ()):
+        for number, part in enumerate(batch.get("ahead", ()), 1):
+            self._shuffle_as(number)
             document = None if self.attend_across_documents else part["document"]
             with torch.no_grad():
                 more = step_counts(self._forward[0](part["input_ids"], valid_or_none(part), document).plans)
             counts = {key: count + more[key] for key, count in counts.items()}
+        self._shuffle_as(0)  # activation checkpointing computes the first pass again
         return sum_over_ranks(counts, self._reduce)
+
+    def _shuffle_as(self, micro_batch: int | None) -> None:
+        """Which micro batch of this step the passes that follow are of; None: they are of no step."""
+        for layer in self.model.sparse_layers.values():
+            if layer.shuffle is not None and micro_batch is not None:
+                layer.shuffle.begin(self.global_step, micro_batch)
+            elif layer.shuffle is not None:
+                layer.shuffle.end()
 
     def _reduce(self, value: Tensor) -> Tensor:
         reduced = self.trainer.strategy.reduce(value, reduce_op="sum")
@@ -314,6 +367,7 @@ class LanguageModel(pl.LightningModule):
 
     def _raise_if_not_finite(self, batch: Mapping[str, Tensor], cause: Exception | None) -> None:
         """Runs the batch again with an eye on every block, and names the first that is not finite."""
+        self._shuffle_as(None)  # this rank may be the only one that is here
         broken: list[str] = []
 
         def watch(name: str, output: Any) -> None:
@@ -326,9 +380,12 @@ class LanguageModel(pl.LightningModule):
             module.register_forward_hook(lambda _m, _i, output, name=name: watch(name, output))
             for name, module in places.items()
         ]
+        # This rank may be the only one that is here: it cannot gather slices, nor ask for experts.
+        sliced = any(local(parameter) is not parameter for parameter in self.model.parameters())
         try:
-            with torch.no_grad():
-                self.model(batch["input_ids"], batch["valid"])
+            if not sliced:
+                with torch.no_grad(), without_exchange(self.model):
+                    self.model(batch["input_ids"], batch["valid"])
         except ValueError:
             pass  # a solver stopped at NaN scores: the hooks have seen where they began, or it is the router itself
         finally:
@@ -336,12 +393,14 @@ class LanguageModel(pl.LightningModule):
                 hook.remove()
         if cause is not None and not broken:
             bad = [
-                name for name, parameter in self.model.named_parameters() if not bool(torch.isfinite(parameter).all())
+                n for n, parameter in self.model.named_parameters() if not bool(torch.isfinite(local(parameter)).all())
             ]
             if not bad:
                 return
             broken = [bad[0].removeprefix("blocks.")]
         where = f"first in {broken[0]}" if broken else "in the loss itself, with every layer finite"
+        if not broken and self.held_with:
+            where = "in a layer that this rank cannot look for, because others hold parts of its parameters"
         raise NonFiniteError(self._not_finite("The loss", where), broken[0] if broken else None) from cause
 
     def _not_finite(self, what: str, where: str) -> str:

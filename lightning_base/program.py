@@ -1,4 +1,4 @@
-"""The program behind ``experiments/train.py``: Hydra in front, exit codes behind."""
+"""The program ``train``: Hydra in front, exit codes behind."""
 
 import os
 import sys
@@ -16,11 +16,12 @@ from lightning_base.distributed.launch import PREEMPTED
 from lightning_base.explain import BAD_INPUT, explain
 from lightning_base.instantiation import ConfigError
 from lightning_base.jobs import STARTED, job
+from lightning_base.plugins import store_routers
 from lightning_base.run_directory import RunDirectory
 from lightning_base.sweep import CheckSweep, job_name, jobs_are_known
 from lightning_base.tree import ENDED_HERE, say, shown
 
-CONF = Path(__file__).resolve().parent.parent / "conf"
+CONF = Path(__file__).parent / "conf"
 
 OmegaConf.register_new_resolver("job_name", job_name, replace=True)
 
@@ -44,6 +45,7 @@ def main() -> None:
     CheckSweep.expected = sweep
     STARTED.clear()
     try:
+        store_routers(sys.argv[1:], [file.stem for file in (CONF / "router").glob("*.yaml")])
         with ExitStack() as CheckSweep.display:
             task()
         if mistakes:

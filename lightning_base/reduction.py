@@ -1,12 +1,33 @@
-"""Sums over ranks, many in one collective."""
+"""What ranks tell each other: sums, many in one collective, and objects; and who they are."""
 
 from collections.abc import Callable, Hashable, Mapping
 from typing import TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 Key = TypeVar("Key", bound=Hashable)
+T = TypeVar("T")
+
+
+def rank() -> int:
+    """The number of this process in the process group; 0 without one."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """How many processes there are in the process group; 1 without one."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def over_ranks(value: T) -> list[T]:
+    """The value of every rank, in their order; every rank has to call it."""
+    if world_size() == 1:
+        return [value]
+    found: list[T] = [value] * world_size()
+    dist.all_gather_object(found, value)
+    return found
 
 
 def sum_over_ranks(values: Mapping[Key, Tensor], reduce: Callable[[Tensor], Tensor]) -> dict[Key, Tensor]:

@@ -5,12 +5,26 @@ import json
 import os
 import socket
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 
+from lightning_base.claim import CLAIM, RANKS
+
+# How the same numbers are computed: by how many processes and threads, in which portions. Only speed depends on it.
+EXECUTION = (
+    "trainer.devices",
+    "trainer.num_nodes",
+    "trainer.accelerator",
+    "trainer.accumulate_grad_batches",
+    "trainer.threads",
+    "data.num_workers",
+    "strategy",
+)
+RESERVE, RESERVED_BYTES = ".reserve", 2**16
 STATES = ("running", "done", "failed", "preempted")
 
 
@@ -87,6 +101,36 @@ class RunDirectory:
         """Adds fields to manifest.json."""
         write_json(self.path / "manifest.json", {**self.manifest(), **fields})
 
+    def logs(self) -> list[Path]:
+        """The files that gain rows while a run trains."""
+        return sorted(self.path.glob("*.csv"))
+
+    def log_sizes(self) -> dict[str, int]:
+        """How long they are, in bytes, by name."""
+        return {path.name: path.stat().st_size for path in self.logs()}
+
+    def sync_logs(self) -> None:
+        """Brings them to the disk, as a checkpoint that counts on them will be."""
+        for path in self.logs():
+            with open(path, "rb+") as file:
+                os.fsync(file.fileno())
+
+    def cut_logs(self, sizes: Mapping[str, int]) -> None:
+        """Cuts off what they have gained since they were so long; one that was not there yet is removed."""
+        for path in self.logs():
+            if path.name not in sizes:
+                path.unlink()
+            elif path.stat().st_size > sizes[path.name]:
+                os.truncate(path, sizes[path.name])
+
+    def reserve_room(self) -> None:
+        """Takes some room on the disk, so that what went wrong can be written when there is no other."""
+        (self.path / RESERVE).write_bytes(os.urandom(RESERVED_BYTES))
+
+    def release_room(self) -> None:
+        """Gives it back."""
+        (self.path / RESERVE).unlink(missing_ok=True)
+
     def seal(self) -> str | None:
         """SHA-256 of manifest.json; status.json keeps it, so that a later change by hand shows."""
         path = self.path / "manifest.json"
@@ -110,7 +154,12 @@ class RunDirectory:
         """Whether there is something here that no job of ours left."""
         if not self.path.exists() or (self.path / "status.json").exists():
             return False
-        return any(self.path.iterdir())
+        return any(path.name not in (CLAIM, RANKS) for path in self.path.iterdir())
+
+
+def under(key: str, names: tuple[str, ...]) -> bool:
+    """Whether a dotted key is one of some names, or within one."""
+    return any(key == name or key.startswith(f"{name}.") for name in names)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -33,7 +33,7 @@ from lightning_base.jobs import (
     plain_config,
     prepare_data,
 )
-from lightning_base.run_directory import RunDirectory, write_json
+from lightning_base.run_directory import RunDirectory, read_json, write_json
 from lightning_base.tree import LIVE_TABLE, RANK_ENTRY, node_rank, shown
 
 # Launchers and sweepers that pyproject.toml has an extra for.
@@ -83,9 +83,8 @@ class CheckSweep(Callback):
         for checked in corpora:
             prepare_data(checked)
         labels = job_labels(combinations)
-        write_json(
-            sweep / "sweep.json", {"jobs": {run.path.name: label for run, label in zip(jobs, labels, strict=True)}}
-        )
+        named = {run.path.name: label for run, label in zip(jobs, labels, strict=True)}
+        write_json(sweep / "sweep.json", {"jobs": named, "earlier": earlier_labels(sweep, named)})
         if CheckSweep.expected is not None:
             CheckSweep.expected[:] = jobs
         if config.trainer.get("progress_bar", True) and takes_a_table(sys.stderr):
@@ -203,6 +202,16 @@ def job_labels(combinations: Sequence[Sequence[str]]) -> list[str]:
     common = set.intersection(*(set(overrides) for overrides in combinations)) if len(combinations) > 1 else set()
     distinct = [[override for override in overrides if override not in common] for overrides in combinations]
     return [", ".join(override.removeprefix("router=") for override in overrides) for overrides in distinct]
+
+
+def earlier_labels(sweep: Path, jobs: dict[str, str]) -> dict[str, str]:
+    """What earlier commands in the same folder called the jobs that are still there and not among these."""
+    try:
+        found = read_json(sweep / "sweep.json")
+        known = {**found.get("earlier", {}), **found.get("jobs", {})}
+    except (TypeError, ValueError):
+        return {}
+    return {name: label for name, label in known.items() if name not in jobs and (sweep / name).is_dir()}
 
 
 def job_name(override_dirname: str, seed: int) -> str:

@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 import pytorch_lightning as pl
@@ -21,7 +21,7 @@ import torch
 import yaml
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.plugins.environments import LightningEnvironment, TorchElasticEnvironment
-from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
+from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy
 
 from lightning_base import checkpoint
 from lightning_base.callbacks.alarms import Alarms
@@ -29,6 +29,7 @@ from lightning_base.callbacks.assignment import AssignmentMonitor
 from lightning_base.callbacks.causality import CausalityMonitor, DropByPosition
 from lightning_base.callbacks.certificate import BatchFingerprint, Certificate
 from lightning_base.callbacks.clock import TrainingClock
+from lightning_base.callbacks.communication import Communication
 from lightning_base.callbacks.compute_balance import ComputeBalance
 from lightning_base.callbacks.expert_load import ExpertLoadLogger
 from lightning_base.callbacks.heartbeat import Pulse
@@ -44,14 +45,22 @@ from lightning_base.callbacks.saving import PeriodicCheckpoint, PreemptedError, 
 from lightning_base.callbacks.step_profile import StepProfile
 from lightning_base.callbacks.step_time import StepTime
 from lightning_base.callbacks.tensorboard import Arrangement, Board
-from lightning_base.config import Config, check_devices, read_config
+from lightning_base.claim import as_rank
+from lightning_base.config import Config, check_devices, fit_schedule, read_config
 from lightning_base.data import Corpus, TextDataModule
+from lightning_base.disk import full_disk
+from lightning_base.distributed.expert_parallel import ExpertParallelStrategy
 from lightning_base.distributed.heartbeat import Heartbeat
 from lightning_base.distributed.launch import PREEMPTED, STOP_SIGNALS, die_with_parent
 from lightning_base.instantiation import ConfigError, instantiate
 from lightning_base.loggers import finish_loggers, offline_loggers
 from lightning_base.module import LanguageModel
+from lightning_base.resume import begin, find_start
 from lightning_base.run_directory import RunDirectory, write_json
+
+
+class DiskFullError(Exception):
+    """There is no room for what a run writes; one sentence says what is safe, and how to go on."""
 
 
 @dataclass(frozen=True)
@@ -70,19 +79,21 @@ class Result:
 def run(config: Config, directory: Path, heart: Heartbeat | None = None) -> Result:
     """Trains and evaluates one arm as one rank of a process tree, or the only one.
 
-    Picks up from the newest whole checkpoint in ``directory``, if there is one. Leaves ``status.json`` at ``running``:
-    whoever launched the tree knows whether all of it ended well.
+    Picks up from the newest checkpoint in ``directory`` that can be loaded, if there is one. Leaves ``status.json`` at
+    ``running``: whoever launched the tree knows whether all of it ended well.
     """
     job = RunDirectory(directory)
     plain = yaml.safe_load(job.config.read_text())
     seed_everything(config.seed)
     torch.set_num_threads(threads_per_rank(config))
-    resume = checkpoint.newest(job.checkpoints)
-    resumed_step = int(resume.stem.split("_")[1]) if resume else None
 
     data = build_data(config, job.prepared_corpus())
     module = build_module(config)
-    module.last_checkpoint = str(resume) if resume else None
+    start = find_start(job, config.resume, module)
+    resumed_step = start.step
+    if rank_of_this_process() == 0:
+        begin(job, start)
+    module.last_checkpoint = str(start.checkpoint) if start.checkpoint else None
     every = config.trainer.log_every_n_steps
     clock, fingerprint = TrainingClock(every), BatchFingerprint()
     load = ExpertLoadLogger(directory / "expert_load.csv", every, resumed_step)
@@ -93,7 +104,8 @@ def run(config: Config, directory: Path, heart: Heartbeat | None = None) -> Resu
     balance = ComputeBalance(directory / "compute_balance.csv", every, resumed_step)
     causality, gap = CausalityMonitor(), RoutingGap()
     # The step is taken apart next to the clock, so that the work of the other callbacks is in neither.
-    callbacks: list[pl.Callback] = [clock, StepTime(every, clock), fingerprint, load, Certificate(job, plain)]
+    callbacks: list[pl.Callback] = [clock, StepTime(every, clock), Communication(job, every, resumed_step)]
+    callbacks += [fingerprint, load, Certificate(job, plain)]
     callbacks += [MachineMonitor(every, clock), AssignmentMonitor(every), balance, causality, gap, RoutingChange()]
     callbacks.append(DropByPosition(directory / "drop_by_position.csv", every, resumed_step))
     callbacks += [Alarms(job, every), Arrangement()]
@@ -108,12 +120,15 @@ def run(config: Config, directory: Path, heart: Heartbeat | None = None) -> Resu
         callbacks.append(LearntByHeart())
     # Last, so that a checkpoint holds what the others have counted up to this step.
     keep = config.trainer.keep_checkpoints
-    callbacks += [PeriodicCheckpoint(job, config.trainer.checkpoint_every_n_steps, keep), Preemption(job, keep)]
+    saving = PeriodicCheckpoint(job, config.trainer.checkpoint_every_n_steps, keep)
     callbacks += [Pulse(heart)] if heart is not None else []
+    callbacks += [saving, Preemption(job, keep)]
     trainer = build_trainer(config, directory, loggers, callbacks)
 
     try:
-        trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
+        trainer.fit(module, datamodule=data, ckpt_path=start.checkpoint, weights_only=True)
+        if saving.validation_is_due(trainer):  # after the last step
+            trainer.validate(module, datamodule=data, verbose=False)
     except PreemptedError as error:
         return Result("preempted", directory, {}, error.signal)
     metrics: dict[str, float] = {}
@@ -162,7 +177,7 @@ def build_data(config: Config, prepared: str | None = None) -> TextDataModule:
 
 def build_module(config: Config) -> LanguageModel:
     """The model and its optimizer, with its initial weights."""
-    optimizer = asdict(config.module)
+    optimizer = asdict(fit_schedule(config)[0])
     start = optimizer.pop("initial_weights")
     module = LanguageModel(
         router=config.router,
@@ -232,13 +247,30 @@ def build_trainer(config: Config, directory: Path, loggers: list[Logger], callba
     return trainer
 
 
-def build_strategy(config: Config, accelerator: str) -> Strategy | str:
-    """One process, or DDP over the ranks that torchrun has started, with a time-out on every collective."""
+class SingleProcess(checkpoint.SavesTogether, SingleDeviceStrategy):
+    """One process with every expert."""
+
+
+class Replicated(checkpoint.SavesTogether, DDPStrategy):
+    """DDP: every rank holds every expert."""
+
+
+def build_strategy(config: Config, accelerator: str) -> checkpoint.SavesTogether:
+    """One process, or the ranks that torchrun has started, with a time-out on every collective."""
     if config.trainer.world_size == 1:
-        return SingleDeviceStrategy(device="cuda:0" if accelerator == "gpu" else "cpu")
-    return DDPStrategy(
-        process_group_backend="nccl" if accelerator == "gpu" else "gloo",
-        timeout=timedelta(seconds=config.strategy.timeout_seconds),
+        return SingleProcess(device="cuda:0" if accelerator == "gpu" else "cpu")
+    options: dict[str, Any] = {
+        "process_group_backend": "nccl" if accelerator == "gpu" else "gloo",
+        "timeout": timedelta(seconds=config.strategy.timeout_seconds),
+    }
+    if config.strategy.name == "ddp":
+        return Replicated(**options)
+    return ExpertParallelStrategy(
+        expert_group=config.expert_group,
+        shared="fsdp" if config.strategy.name == "fsdp" else config.strategy.shared,
+        # Training sequences are padded only where a document is a sequence.
+        same_sizes=config.data.packing == "packed",
+        **options,
     )
 
 
@@ -290,24 +322,37 @@ def main(directory: Path) -> int:
     quiet()
     keep_freed_memory()
     job = RunDirectory(directory)
-    rank = int(os.environ.get("RANK", 0))
+    rank = rank_of_this_process()
     heart = Heartbeat(job.heartbeats, rank)
     heart.beat("at the start")
     try:
         config = read_config(yaml.safe_load(job.config.read_text()))
-        result = run(config, directory, heart)
+        with as_rank(directory):
+            result = run(config, directory, heart)
     except BaseException as error:
+        job.release_room()
+        if full_disk(error):
+            said = DiskFullError(f"{full_disk(error)}; {checkpoint.what_is_safe(job.checkpoints)}")
+            write_failure(job, rank, said.with_traceback(error.__traceback__))
+            raise said from error
         write_failure(job, rank, error)
         if isinstance(error, ConfigError):
             return 2
         raise
     finally:
         finish_loggers()
+    if rank == 0:
+        job.release_room()
     heart.beat(result.state)
     if result.state == "preempted" and rank == 0:
         job.write_status("preempted", step=heart.step, signal=result.signal)
     # torchrun would start a rank anew, and end the others, for any other code.
     return PREEMPTED if result.state == "preempted" and config.trainer.world_size == 1 else 0
+
+
+def rank_of_this_process() -> int:
+    """As torchrun has numbered it, before there is a process group."""
+    return int(os.environ.get("RANK", 0))
 
 
 def write_failure(job: RunDirectory, rank: int, error: BaseException) -> None:

@@ -120,6 +120,8 @@ def become(
     """Makes this forked process what a new one would be, works, and never returns."""
     code = 1
     try:
+        # A server of multiprocessing's that the parent has started is no child of this process.
+        forkserver._forkserver.__init__()  # type: ignore[misc]
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM, signal.SIGUSR1, signal.SIGUSR2):
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
         signal.alarm(0)

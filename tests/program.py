@@ -7,8 +7,10 @@ import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from typing import Any
 
 import forks
+import torch
 from forks import REPOSITORY
 
 TRAIN = REPOSITORY / "experiments" / "train.py"
@@ -92,6 +94,12 @@ def only_job(runs_dir: Path, name: str = "debug") -> Path:
 def read(path: Path) -> dict:
     """A JSON file."""
     return json.loads(path.read_text())
+
+
+def state(checkpoint: Path) -> dict[str, Any]:
+    """What Lightning has put into a checkpoint."""
+    found: dict[str, Any] = torch.load(checkpoint / "state.pt", weights_only=True)
+    return found
 
 
 def series(directory: Path, name: str) -> list[tuple[int, float]]:

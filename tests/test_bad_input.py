@@ -56,6 +56,23 @@ CASES = {
         ["strategy=ddp", "trainer.devices=3"],
         "data.global_batch=16 cannot be divided by trainer.devices",
     ),
+    "experts that the ranks cannot share": (
+        ["router=switch", "router.num_experts=6", "strategy=expert_parallel", "trainer.devices=4"],
+        "router.num_experts=6 cannot be shared equally by the 4 ranks of an expert group: choose a multiple of 4, or a "
+        "smaller strategy.expert_group",
+    ),
+    "an expert group that does not divide the ranks": (
+        ["strategy=expert_parallel", "trainer.devices=4", "strategy.expert_group=3"],
+        "strategy.expert_group=3 does not divide the 4 ranks",
+    ),
+    "a precision that skips steps, where ranks hold different parameters": (
+        ["strategy=fsdp", "trainer.devices=2", "trainer.precision=16-mixed"],
+        "trainer.precision=16-mixed with strategy=fsdp",
+    ),
+    "a shuffle over micro batches that are not there yet": (
+        ["model.shuffle_tokens=true", "trainer.accumulate_grad_batches=2"],
+        "shuffle among the sequences of one, model.shuffle_tokens=8, or among fewer",
+    ),
     "nodes that do not know of each other": (
         ["strategy=ddp", "trainer.num_nodes=2", "trainer.accelerator=cpu"],
         "needs the environment variables NODE_RANK",

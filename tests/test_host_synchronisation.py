@@ -21,7 +21,7 @@ def test_a_step_waits_to_see_that_loss_and_gradient_are_finite_and_for_its_route
     routers = {asked for asked in per_step if asked.startswith(("routing/", "assignment/"))}
     assert {asked: per_step[asked] for asked in per_step.keys() - routers} == {
         "module.py:training_step": 1,
-        "module.py:on_before_optimizer_step": 1,
+        "module.py:configure_gradient_clipping": 1,
     }
     # Dropping over capacity and an assignment on the host cannot do without.
     assert bool(routers) == (router != "dense")

@@ -6,6 +6,10 @@ from pathlib import Path
 import program
 import pytest
 
+from lightning_base.benchmark.bare import configuration
+from lightning_base.config import fit_schedule
+from lightning_base.train import build_module
+
 STEPS = ("trainer.max_steps=4", "trainer.log_every_n_steps=1", "trainer.validate_every_n_steps=4")
 # Documents of their own length: padding in training and evaluation, and nobody sees another document.
 PADDED = ("data.packing=documents", "data.attend_across_documents=false")
@@ -102,3 +106,16 @@ def test_a_run_with_other_options_ends_with_finite_losses(
     assert len(found) == 5
     assert all(0 < loss < 8 for loss in found)
     assert (path / "tensorboard").exists() == ("logger=csv" not in overrides)
+
+
+def test_a_schedule_that_a_short_run_or_a_low_rate_leaves_no_room_is_cut_and_said() -> None:
+    config, _ = configuration(["trainer.max_steps=16", "module.warmup_steps=20", "module.learning_rate=1e-4"])
+    module, sentences = fit_schedule(config)
+    assert (module.warmup_steps, module.final_learning_rate) == (2, 1e-5)
+    assert sentences == [
+        "module.warmup_steps=20 exceeds trainer.max_steps=16: warming up for 2",
+        "module.final_learning_rate=0.00025 exceeds module.learning_rate=0.0001: ending at 1e-05",
+    ]
+    assert build_module(config).optimizer_options["warmup_steps"] == 2
+    config, _ = configuration(["trainer.max_steps=20", "module.warmup_steps=20", "module.learning_rate=2.5e-4"])
+    assert fit_schedule(config) == (config.module, [])

@@ -4,6 +4,8 @@ from pathlib import Path
 
 import program
 
+from lightning_base.report.document import build
+
 ARMS = ("router=base,uniform", "trainer.max_steps=2", "name=seeds")
 
 
@@ -22,3 +24,13 @@ def test_the_first_seed_is_not_trained_again(small_corpus: list[str], tmp_path: 
     assert {name: (folders[name] / "manifest.json").stat().st_mtime_ns for name in manifests} == manifests
     seeds = {program.read(path / "manifest.json")["seed"] for path in folders.values()}
     assert seeds == {1, 2}
+
+    # A command of its own for one more arm leaves the others their labels.
+    hashed = ("router=hash,uniform", *ARMS[1:], f"runs_dir={tmp_path}")
+    last = program.train("-m", *small_corpus, *hashed)
+    assert last.returncode == 0, last.stderr
+    sweep = program.read(tmp_path / "seeds" / "sweep.json")
+    assert sorted(sweep["jobs"].values()) == ["hash", "uniform"]
+    assert len(sweep["earlier"]) == 3
+    (section,) = build(tmp_path / "seeds").sections
+    assert sorted(section.labels) == ["base", "hash", "uniform"]

@@ -2,27 +2,42 @@
 
 import os
 import sys
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 import pytorch_lightning as pl
 import torch
 from omegaconf import OmegaConf
-from pytorch_lightning.strategies import DDPStrategy
+from pytorch_lightning.loggers import Logger
+from pytorch_lightning.strategies import DDPStrategy, Strategy
 from router_arms import FOLDER
 from torch import Tensor
 
+from lightning_base.checkpoint import VerifiedCheckpointIO
+from lightning_base.data.loader import TrainingLoader
 from lightning_base.module import IGNORED, LanguageModel
 
 VOCABULARY, LENGTH, WIDTH, SEQUENCES, GROUP = 48, 8, 16, 8, 2
 
 
-def language_model(router: str, *, max_steps: int, learning_rate: float = 3e-3, **options: Any) -> LanguageModel:
+def language_model(
+    router: str,
+    *,
+    max_steps: int,
+    learning_rate: float = 3e-3,
+    depth: int = 2,
+    shuffle_tokens: bool | int = False,
+    **options: Any,
+) -> LanguageModel:
     """A model of two blocks, the second of them sparse, with the router of conf/router/{router}.yaml.
 
     Args:
         router: its name.
         max_steps: optimizer steps.
         learning_rate: constant.
+        depth: another number of blocks; every second one is sparse.
+        shuffle_tokens: as in conf/model/.
         options: ``router_options`` go on top of the router's file, others to ``LanguageModel``.
     """
     node = OmegaConf.to_container(OmegaConf.load(FOLDER / f"{router}.yaml"))
@@ -38,7 +53,7 @@ def language_model(router: str, *, max_steps: int, learning_rate: float = 3e-3, 
     }
     return LanguageModel(
         router={**node, **options.pop("router_options", {})},
-        model={"width": WIDTH, "depth": 2, "heads": 2, "ffn_width": 32},
+        model={"width": WIDTH, "depth": depth, "heads": 2, "ffn_width": 32, "shuffle_tokens": shuffle_tokens},
         optimizer=optimizer,
         max_steps=max_steps,
         vocab_size=VOCABULARY,
@@ -50,7 +65,13 @@ def language_model(router: str, *, max_steps: int, learning_rate: float = 3e-3, 
 
 
 def micro_batches(
-    step: int, *, world_size: int = 1, rank: int = 0, accumulation: int = 1, predict: bool = True
+    step: int,
+    *,
+    world_size: int = 1,
+    rank: int = 0,
+    accumulation: int = 1,
+    predict: bool = True,
+    lengths: Sequence[int] = (LENGTH,) * SEQUENCES,
 ) -> list[dict[str, Any]]:
     """One rank's micro batches of a step, cut from the same global batch whatever the ranks; as the loader gives them.
 
@@ -60,14 +81,15 @@ def micro_batches(
         rank: which of them.
         accumulation: micro batches per step and rank.
         predict: False leaves out every target, so that nothing but auxiliary losses is learned.
+        lengths: of the sequences of the global batch; what is left of each is padding.
     """
     ids = torch.randint(0, VOCABULARY, (SEQUENCES, LENGTH + 1), generator=torch.Generator().manual_seed(step))
-    count = torch.tensor(SEQUENCES * LENGTH)
+    every_valid = torch.arange(LENGTH) < torch.tensor(lengths)[:, None]
+    count, size = torch.tensor(sum(lengths)), SEQUENCES // (world_size * accumulation)
     parts = []
-    for chunk in ids.split(SEQUENCES // (world_size * accumulation))[rank::world_size]:
-        targets = chunk[:, 1:] if predict else torch.full_like(chunk[:, 1:], IGNORED)
-        whole = torch.ones_like(targets, dtype=torch.bool)
-        inputs = {"input_ids": chunk[:, :-1], "valid": whole, "document": torch.zeros_like(targets)}
+    for chunk, valid in list(zip(ids.split(size), every_valid.split(size), strict=True))[rank::world_size]:
+        targets = chunk[:, 1:].masked_fill(~valid, IGNORED) if predict else torch.full_like(chunk[:, 1:], IGNORED)
+        inputs = {"input_ids": chunk[:, :-1], "valid": valid, "document": torch.zeros_like(targets)}
         parts.append({**inputs, "targets": targets, "step_targets": count})
     ahead = [{name: part[name] for name in ("input_ids", "valid", "document")} for part in parts[1:]]
     return [{**parts[0], "ahead": ahead}, *parts[1:]]
@@ -75,27 +97,36 @@ def micro_batches(
 
 def fit(
     module: LanguageModel,
-    batches: list[dict[str, Any]],
+    batches: list[dict[str, Any]] | TrainingLoader,
     *callbacks: pl.Callback,
     accumulation: int = 1,
     world_size: int = 1,
+    strategy: Strategy | None = None,
+    gradient_clip_val: float | None = None,
+    resume: Path | None = None,
+    logger: Logger | None = None,
 ) -> None:
     """Trains on the batches of this rank; with several ranks, inside the process group they have joined."""
+    loader = Batches(batches) if isinstance(batches, list) else batches
+    ddp = DDPStrategy(process_group_backend="gloo") if world_size > 1 else "auto"
     pl.Trainer(
         accelerator="cpu",
         devices=world_size,
-        strategy=DDPStrategy(process_group_backend="gloo") if world_size > 1 else "auto",
+        strategy=strategy or ddp,
+        gradient_clip_val=gradient_clip_val,
         max_epochs=1,
         max_steps=module.max_steps,
         accumulate_grad_batches=accumulation,
+        log_every_n_steps=1,
         callbacks=list(callbacks),
-        logger=False,
+        logger=logger or False,
         enable_checkpointing=False,
         enable_model_summary=False,
         enable_progress_bar=False,
         use_distributed_sampler=False,
         limit_val_batches=0,
-    ).fit(module, Batches(batches), Batches(batches))
+        plugins=[VerifiedCheckpointIO()],
+    ).fit(module, loader, Batches([]), ckpt_path=resume, weights_only=True)
 
 
 class Batches:

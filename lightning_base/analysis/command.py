@@ -1,4 +1,4 @@
-"""The program behind ``experiments/analysis.py``."""
+"""The program ``analysis``."""
 
 import argparse
 import sys
@@ -75,7 +75,7 @@ class Parser(argparse.ArgumentParser):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Reads the command line; gives the exit code."""
-    parser = Parser(prog="analysis.py", description="What the experts of a finished run have learnt.")
+    parser = Parser(prog="analysis", description="What the experts of a finished run have learnt.")
     parser.add_argument("run", type=Path, help="the directory of one run, e.g. runs/compare/router=base")
     parser.add_argument(
         "--sequences",

@@ -16,9 +16,7 @@ from torch import Tensor
 from lightning_base.analysis.measure import LEAST, Findings, LayerFindings, busiest
 from lightning_base.analysis.tables import percent
 from lightning_base.metrics.specialization import coactivation, specialization
-from lightning_base.report.colors import LINES, lighten, router_color
-from lightning_base.report.drawing import LOOK, chunks, render
-from lightning_base.report.picture import Picture
+from lightning_base.report.drawing import LINES, LOOK, Picture, chunks, heatmap, lighten, render, router_color
 from lightning_base.report.read import printable
 
 DOMAINS_SHOWN = 12
@@ -34,7 +32,7 @@ def draw(findings: Findings, router: str) -> list[Picture]:
         findings: what was measured.
         router: the router's class name, which has a colour.
     """
-    with mpl.rc_context(LOOK):
+    with mpl.rc_context(fname=LOOK):
         return [
             *domains(findings),
             *vocabulary(findings, router),
@@ -74,7 +72,7 @@ def domains(findings: Findings) -> Iterator[Picture]:
         for axes, layer in zip(panels, layers, strict=True):
             share_ED = specialization(layer.domains.counts, layer.domains.totals)[:, shown]
             load_E1 = layer.choices.load[:, None] / layer.choices.num_tokens
-            image = heatmap(axes, torch.cat([load_E1, share_ED], 1).T, layer.even_share)
+            image = shares(axes, torch.cat([load_E1, share_ED], 1).T, layer.even_share)
             axes.axhline(0.5, color="white", lw=3)
             label_experts(axes, experts)
         panels[0].set_yticks(range(len(names)), names)
@@ -94,7 +92,8 @@ def vocabulary(findings: Findings, router: str) -> Iterator[Picture]:
     """How much of the text goes to the favourite expert of its token, at least."""
     color, _ = router_color(router)
     for part, layers in portions(findings):
-        figure, panels = grid(layers, 2.9, 3.4)
+        # The legend and the axis need this much beside a single panel.
+        figure, panels = grid(layers, 2.9 if len(layers) > 1 else 4.6, 3.4)
         for axes, layer in zip(panels, layers, strict=True):
             tokens = layer.tokens
             axes.plot(*survival(tokens.control, tokens.totals), color=CONTROL, ls="--", label="tokens shuffled")
@@ -138,7 +137,7 @@ def pairs(findings: Findings) -> Iterator[Picture]:
             share_EE = coactivation(layer.choices).fill_diagonal_(torch.nan)
             per_token = layer.choices.asked / layer.choices.num_tokens
             even = (per_token - 1) / (experts - 1)
-            image = heatmap(axes, share_EE, even)
+            image = shares(axes, share_EE, even)
             label_experts(axes, experts)
             axes.set_yticks(*tick_experts(experts))
         panels[0].set_ylabel("expert i")
@@ -204,13 +203,10 @@ def finish(name: str, title: str, caption: str, figure: Figure) -> Picture:
     return render(name, title, caption, figure)
 
 
-def heatmap(axes: Axes, share: Tensor, even: float) -> AxesImage:
+def shares(axes: Axes, share: Tensor, even: float) -> AxesImage:
     """Shares relative to an even one, in the report's colours; the percentage in each cell while it can be read."""
     values = share.numpy()
-    image = axes.imshow(
-        values / max(even, 1e-9), aspect="auto", cmap="cividis", vmin=0, vmax=2, interpolation="nearest"
-    )
-    axes.grid(visible=False)
+    image = heatmap(axes, values / max(even, 1e-9))
     if values.shape[1] <= NUMBERS_UP_TO:
         for row, line in enumerate(values):
             for column, value in enumerate(line):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import yaml
 
-from lightning_base.checkpoint import CheckpointError, VerifiedCheckpointIO, verify
+from lightning_base.checkpoint import CheckpointError, VerifiedCheckpointIO, checkpoints, step_of, verify
 from lightning_base.config import Config, read_config
 from lightning_base.data import TextDataModule
 from lightning_base.instantiation import ConfigError
@@ -106,13 +106,13 @@ def checkpoints_of(run: RunDirectory) -> dict[int, Path]:
     Raises:
         AnalysisError: there is none, or one is damaged.
     """
-    found = {int(path.stem.split("_")[1]): path for path in run.checkpoints.glob("step_*.ckpt")}
+    found = {step_of(path): path for path in checkpoints(run.checkpoints)}
     if not found:
         raise AnalysisError(f"{run.checkpoints} holds no checkpoint: train the run again, and keep at least one")
     for path in found.values():
         problem = verify(path)
         if problem:
-            others = "; without that file, the others can be analysed" if len(found) > 1 else ""
+            others = "; without it, the others can be analysed" if len(found) > 1 else ""
             raise AnalysisError(problem + others)
     return dict(sorted(found.items()))
 

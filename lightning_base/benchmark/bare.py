@@ -25,7 +25,7 @@ from lightning_base.instantiation import instantiate
 from lightning_base.module import IGNORED
 from lightning_base.routing.plan import RoutingPlan
 
-CONF = Path(__file__).resolve().parents[2] / "conf"
+CONF = Path(__file__).parents[1] / "conf"
 PREPARED: dict[str, str] = {}
 
 

@@ -1,4 +1,4 @@
-"""The program behind ``experiments/benchmark.py``."""
+"""The program ``benchmark``."""
 
 import argparse
 import json
@@ -12,12 +12,20 @@ import torch
 
 from lightning_base import train
 from lightning_base.assignment import benchmark as assignment
-from lightning_base.benchmark import data, harness, layer, solver, start, step, table
+from lightning_base.benchmark import data, harness, layer, scaling, solver, start, step, table
 from lightning_base.benchmark.check import missing, regressions
 from lightning_base.benchmark.machine import machine, machine_line
 from lightning_base.benchmark.record import Form, Record
 
-SUBJECTS = {"layer": layer, "step": step, "harness": harness, "start": start, "data": data, "assignment": solver}
+SUBJECTS = {
+    "layer": layer,
+    "step": step,
+    "harness": harness,
+    "start": start,
+    "data": data,
+    "scaling": scaling,
+    "assignment": solver,
+}
 SHORTEST = ("layer", "harness")
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 BASELINE = DOCS / "benchmark_baseline.json"
@@ -26,6 +34,9 @@ BASELINE = DOCS / "benchmark_baseline.json"
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measures, shows and keeps; gives 1 if a check finds that something got worse."""
     given = parser().parse_args(arguments)
+    if (given.check or given.subject == "page") and not BASELINE.exists():
+        print(f"error: {BASELINE} is not there: --check and page work in the repository alone", file=sys.stderr)
+        return 2
     if given.subject == "assignment" and given.figure is not None:
         from lightning_base.assignment.figure import draw
 
@@ -51,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    asked = argparse.ArgumentParser(prog="experiments/benchmark.py", description="Measures what is promised.")
+    asked = argparse.ArgumentParser(prog="benchmark", description="Measures what is promised.")
     asked.add_argument("subject", choices=["all", *SUBJECTS, "page"])
     forms = asked.add_mutually_exclusive_group()
     for form, tells in (

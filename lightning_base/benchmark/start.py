@@ -17,7 +17,6 @@ from tqdm import tqdm
 from lightning_base.benchmark.record import Form, Record, ratio_record
 from lightning_base.run_directory import RunDirectory
 
-PROGRAM = Path(__file__).resolve().parents[2] / "experiments" / "train.py"
 ARMS = ("dense", "base", "switch")
 POLL = 0.01  # seconds between two looks at the files of a run
 IMPORT = "import torch"
@@ -68,7 +67,7 @@ def first_steps(arguments: list[str]) -> tuple[list[float], list[float], float]:
     """
     with tempfile.TemporaryDirectory() as folder:
         given = ["name=start", f"runs_dir={folder}", "model=tiny", "trainer.max_steps=2", "module.warmup_steps=0"]
-        command = [sys.executable, str(PROGRAM), *arguments, *given, "trainer.log_every_n_steps=1"]
+        command = [sys.executable, "-m", "lightning_base", "train", *arguments, *given, "trainer.log_every_n_steps=1"]
         began = time.time()  # as the status of a run has it
         seen: dict[Path, float] = {}
         with open(Path(folder) / "output", "w") as output:

@@ -13,6 +13,10 @@ FIGURES = {
     "feed_forward_flops": "feed-forward FLOPs",
     "optimizer_share": "optimizer's share",
     "dropped": "dropped",
+    "exchange": "exchange / step",
+    "sent_megabytes": "MB sent a layer and step",
+    "messages": "peers",
+    "gradient_megabytes": "MB of gradients",
     "megabytes": "MB",
 }
 Row = list[str]

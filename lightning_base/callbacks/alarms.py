@@ -8,11 +8,11 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from lightning_base.callbacks.tensorboard import tensorboard_writer
 from lightning_base.module import LanguageModel, NonFiniteError
+from lightning_base.reduction import over_ranks, rank
 from lightning_base.routing.plan import RoutingPlan
 from lightning_base.routing.router import Router
 from lightning_base.run_directory import RunDirectory
@@ -205,12 +205,9 @@ class Alarms(pl.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         # Of all ranks: Lightning builds checkpoints on every rank and keeps the first rank's.
-        counts: list[dict[str, Tensor]] = [self._counts]
-        if dist.is_available() and dist.is_initialized():
-            counts = [{} for _ in range(dist.get_world_size())]
-            dist.all_gather_object(counts, {layer: value.cpu() for layer, value in self._counts.items()})
+        counts = over_ranks({layer: value.cpu() for layer, value in self._counts.items()})
         return {
-            "counts": {layer: torch.stack([part[layer].cpu() for part in counts]).sum(0) for layer in self._counts},
+            "counts": {layer: torch.stack([part[layer] for part in counts]).sum(0) for layer in self._counts},
             "alarms": [asdict(alarm) for alarm in self.alarms],
             "streaks": {name: {layer: list(n) for layer, n in by.items()} for name, by in self._streaks.items()},
         }
@@ -218,8 +215,7 @@ class Alarms(pl.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.alarms = [Alarm(**alarm) for alarm in state_dict["alarms"]]
         self._streaks = {**self._streaks, **state_dict["streaks"]}
-        first = not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
-        self._counts = {layer: value if first else 0 * value for layer, value in state_dict["counts"].items()}
+        self._counts = {layer: 0 * value if rank() else value for layer, value in state_dict["counts"].items()}
 
 
 def remedy(router: Router, loss: str, otherwise: str) -> str:

@@ -5,17 +5,19 @@ import importlib.metadata
 import platform
 import subprocess
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
-import torch.distributed as dist
 
+from lightning_base import plugins
 from lightning_base.callbacks.flops import count_flops
 from lightning_base.callbacks.tensorboard import card, tensorboard_writer
 from lightning_base.model import shared_parameters, weights_fingerprint
 from lightning_base.module import LanguageModel
+from lightning_base.reduction import over_ranks, rank
 from lightning_base.run_directory import RunDirectory
 
 PACKAGES = ("torch", "pytorch-lightning", "hydra-core", "omegaconf", "torchmetrics", "numpy", "numba", "tokenizers")
@@ -48,11 +50,7 @@ class BatchFingerprint(pl.Callback):
 
     def combined(self) -> tuple[str, int]:
         """The fingerprint and the number of sequences over all ranks; every rank has to ask."""
-        parts: list[tuple[int, int]] = [(self.total, self.sequences)]
-        if dist.is_available() and dist.is_initialized():
-            gathered: list[Any] = [None] * dist.get_world_size()
-            dist.all_gather_object(gathered, (self.total, self.sequences))
-            parts = gathered
+        parts = over_ranks((self.total, self.sequences))
         total = sum(part[0] for part in parts) % self.MODULUS
         return f"{total:032x}", sum(part[1] for part in parts)
 
@@ -62,9 +60,8 @@ class BatchFingerprint(pl.Callback):
         return {"fingerprint": fingerprint, "sequences": sequences}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        first = not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
-        self.total = int(state_dict["fingerprint"], 16) if first else 0
-        self.sequences = int(state_dict["sequences"]) if first else 0
+        self.total = 0 if rank() else int(state_dict["fingerprint"], 16)
+        self.sequences = 0 if rank() else int(state_dict["sequences"])
 
 
 class Certificate(pl.Callback):
@@ -75,6 +72,8 @@ class Certificate(pl.Callback):
 
     def __init__(self, run: RunDirectory, config: dict[str, Any]) -> None:
         self.run, self.config = run, config
+        # How the steps were computed, and from which one on: a run may go on with another number of ranks.
+        self.layouts: list[dict[str, Any]] = []
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         # Before a checkpoint is restored: a resumed run starts from the same initial weights.
@@ -89,6 +88,7 @@ class Certificate(pl.Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, LanguageModel)
+        ledger = self._ledger(trainer, pl_module)  # by all ranks: with sharded experts a pass needs every one
         if not trainer.is_global_zero:
             return
         prepared = trainer.datamodule.prepared  # type: ignore[attr-defined]
@@ -99,11 +99,12 @@ class Certificate(pl.Callback):
             "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
             "python": platform.python_version(),
             "git_commit": git_commit(),
+            "plugin": plugins.certificate(self.config["router"]["_target_"]),
             "world_size": trainer.world_size,
             "device": device_name(pl_module.device),
             "corpus": prepared.statistics,
         }
-        self.run.write_manifest(**certificate, ledger=self._ledger(trainer, pl_module))
+        self.run.write_manifest(**certificate, ledger=ledger)
         writer = tensorboard_writer(trainer)
         # A run that goes on has them already.
         if writer is not None and not trainer.global_step:
@@ -112,16 +113,36 @@ class Certificate(pl.Callback):
             for tag, values in cards.items():
                 writer.add_text(tag, card(values))
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        layout = {
+            "world_size": trainer.world_size,
+            "strategy": self.config["strategy"]["name"],
+            "accumulation": trainer.accumulate_grad_batches,
+        }
+        before = {**self.layouts[-1]} if self.layouts else {}
+        before.pop("from_step", None)
+        if layout != before:
+            self.layouts.append({"from_step": trainer.global_step, **layout})
+        if trainer.is_global_zero:
+            self.run.write_manifest(layouts=self.layouts)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"layouts": self.layouts}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.layouts = list(state_dict["layouts"])
+
     def _ledger(self, trainer: pl.Trainer, pl_module: LanguageModel) -> dict[str, Any]:
         model = pl_module.model
         layers = model.sparse_layers
         router = next(iter(layers.values())).router
-        total = sum(p.numel() for p in model.parameters())
-        experts = sum(p.numel() for layer in layers.values() for p in layer.experts.parameters())
+        held = sum(p.numel() for layer in layers.values() for p in layer.experts.parameters())
+        experts = held * router.num_experts // len(next(iter(layers.values())).experts.held)
+        total = sum(p.numel() for p in model.parameters()) - held + experts
         dataset = trainer.datamodule.training_sequences()  # type: ignore[attr-defined]
         items = [dataset[i] for i in range(next(iter(layers.values())).routing_group)]
         batch = {name: torch.stack([item[name] for item in items]).to(pl_module.device) for name in items[0]}
-        flops = count_flops(pl_module, batch)
+        flops = count_flops(pl_module, batch, mean_over_ranks=partial(trainer.strategy.reduce, reduce_op="mean"))
         return {
             "router": type(router).__name__,
             "num_experts": router.num_experts,

@@ -88,22 +88,24 @@ class ComputeBalance(pl.Callback):
         loads_WPNE = trainer.strategy.all_gather(loads_PNE).reshape(-1, *loads_PNE.shape).cpu()
         slots_WPN = trainer.strategy.all_gather(slots_PN).reshape(-1, *slots_PN.shape).cpu()
         layers = module.model.sparse_layers
+        exchange = next(iter(layers.values())).exchange
+        group = 1 if exchange is None else exchange.size
         values = {}
-        for name, found_N in balance(loads_WPNE, slots_WPN, stage, scope).items():
+        for name, found_N in balance(loads_WPNE, slots_WPN, stage, scope, group).items():
             by_layer = dict(zip(layers, found_N.tolist(), strict=True))
             by_layer |= {"mean": float(found_N.mean()), "max": float(found_N.max())}
             values.update({f"{name}/{layer}": value for layer, value in by_layer.items()})
         if trainer.is_global_zero:
             for logger in trainer.loggers:
                 logger.log_metrics(values, trainer.global_step)
-            self._write(trainer.global_step, f"{stage}_{scope}", module, loads_WPNE)
+            self._write(trainer.global_step, f"{stage}_{scope}", module, loads_WPNE, group)
         return values
 
-    def _write(self, step: int, stage: str, module: LanguageModel, loads_WPNE: Tensor) -> None:
+    def _write(self, step: int, stage: str, module: LanguageModel, loads_WPNE: Tensor, group: int) -> None:
         with open(self.path, "a", newline="") as file:
             writer = csv.writer(file)
             for i, (name, layer) in enumerate(module.model.sparse_layers.items()):
-                by_unit = {"expert": loads_WPNE[:, :, i].sum((0, 1)), "rank": loads_WPNE[:, :, i].sum((1, 2))}
+                by_unit = {"expert": loads_WPNE[:, :, i].sum((0, 1)), "rank": computed_by_rank(loads_WPNE, group)[i]}
                 width, hidden_width = layer.experts.w1[0].shape[1:]
                 for unit, tokens in by_unit.items():
                     flops = expert_flops(
@@ -117,7 +119,20 @@ class ComputeBalance(pl.Callback):
                     writer.writerows((step, stage, name, unit, n, t, int(f)) for n, (t, f) in enumerate(counts))
 
 
-def balance(loads_WPNE: Tensor, slots_WPN: Tensor, stage: str, scope: str) -> dict[str, Tensor]:
+def computed_by_rank(loads_WPNE: Tensor, group: int) -> Tensor:
+    """Tokens that each rank's experts compute, [N, W].
+
+    Args:
+        loads_WPNE: [W, P, N, E], by the rank that holds the tokens.
+        group: consecutive ranks that share the experts, in equal runs; with 1, each computes its own tokens.
+    """
+    loads_WNE = loads_WPNE.sum(1)
+    # Of each group of ranks, the tokens of all for each one's experts.
+    by_group = loads_WNE.unflatten(0, (-1, group)).sum(1).unflatten(-1, (group, -1)).sum(-1)
+    return by_group.transpose(1, 2).flatten(0, 1).T
+
+
+def balance(loads_WPNE: Tensor, slots_WPN: Tensor, stage: str, scope: str, group: int = 1) -> dict[str, Tensor]:
     """The measures of every layer, [N] each, by name.
 
     Args:
@@ -125,11 +140,12 @@ def balance(loads_WPNE: Tensor, slots_WPN: Tensor, stage: str, scope: str) -> di
         slots_WPN: [W, P, N], slots of one expert; 0 where there is no capacity.
         stage: ``train``, ``final``, ``final_<mode>``.
         scope: ``step`` or ``pass``.
+        group: see ``computed_by_rank``.
     """
     loads_NGE = loads_WPNE.flatten(0, 1).transpose(0, 1)
     slots_NG = slots_WPN.flatten(0, 1).T
     found = {
-        f"{stage}_{scope}/idle_fraction": idle_fraction(loads_WPNE.sum((1, 3)).T),
+        f"{stage}_{scope}/idle_fraction": idle_fraction(computed_by_rank(loads_WPNE, group)),
         f"{stage}_{scope}/idle_fraction_experts": idle_fraction(loads_NGE.sum(1)),
         f"{stage}_micro_batch/batched_padding": batched_padding(loads_NGE),
     }

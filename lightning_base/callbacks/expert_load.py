@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytorch_lightning as pl
 import torch
-import torch.distributed as dist
 from pytorch_lightning.loggers import TensorBoardLogger
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
@@ -19,6 +18,7 @@ from lightning_base.callbacks.metrics_csv import start_csv
 from lightning_base.callbacks.tensorboard import over_layers, shown_layers, tensorboard_writer
 from lightning_base.drop_in import drop_ins
 from lightning_base.metrics.expert_load import ExpertLoad
+from lightning_base.reduction import over_ranks, rank
 from lightning_base.routing.plan import RoutingPlan
 
 COLUMNS = ("step", "stage", "layer", "expert", "demand", "load")
@@ -164,8 +164,7 @@ class ExpertLoadLogger(pl.Callback):
         return {"totals": self.combined_totals()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        first = not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
-        self.totals = {name: int(total) if first else 0 for name, total in state_dict["totals"].items()}
+        self.totals = {name: 0 if rank() else int(total) for name, total in state_dict["totals"].items()}
 
     def combined_totals(self) -> dict[str, int]:
         """Tokens, assignments and dropped assignments over all ranks; every rank has to ask."""
@@ -175,10 +174,7 @@ class ExpertLoadLogger(pl.Callback):
             self.totals["assignments"] += asked
             self.totals["dropped"] += asked - self._kept
             self._kept = 0
-        parts: list[Any] = [self.totals]
-        if dist.is_available() and dist.is_initialized():
-            parts = [None] * dist.get_world_size()
-            dist.all_gather_object(parts, self.totals)
+        parts = over_ranks(self.totals)
         return {name: sum(part[name] for part in parts) for name in self.totals}
 
 

@@ -3,7 +3,7 @@
 Shapes: A assignments, E experts, M and N matrix widths.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -15,11 +15,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from lightning_base.module import LanguageModel
 
 
-def count_flops(module: LanguageModel, batch: Mapping[str, Tensor]) -> dict[str, Any]:
+def count_flops(
+    module: LanguageModel, batch: Mapping[str, Tensor], mean_over_ranks: Callable[[Tensor], Any] = lambda value: value
+) -> dict[str, Any]:
     """Counts the matrix products of one forward and backward pass in training mode.
 
     The experts' share is proportional to the assignments they compute; it is scaled to no dropped token, so that the
     figure is what the layer is built to spend, and what was counted stands beside it. Parameters are left as they were.
+
+    With sharded experts every rank has to count the same batch: each computes its experts for the tokens of all.
     """
     model = module.model
     was_training = model.training
@@ -41,19 +45,21 @@ def count_flops(module: LanguageModel, batch: Mapping[str, Tensor]) -> dict[str,
         model.zero_grad(set_to_none=True)
     total = counter.get_total_flops()
     by_module = counter.get_flop_counts()
-    experts = sum(
+    counted = sum(
         sum(counts.values()) for name, counts in by_module.items() if name.endswith(".experts") or name == "experts"
     )
+    others = total - counted
+    experts = float(mean_over_ranks(torch.tensor(counted, dtype=torch.float64, device=module.device)))
     asked = sum(plan.num_tokens * plan.top_k for plan in output.plans.values())
     kept = sum(len(plan.token_index) for plan in output.plans.values())
     # Of the experts that tokens asked for, as everywhere: who asks for fewer than k drops nothing by that.
     dropped = sum(int(plan.asked) - len(plan.token_index) for plan in output.plans.values())
     tokens = batch["input_ids"].numel()
-    nominal = total - experts + experts * asked / max(kept, 1)
+    nominal = others + experts * asked / max(kept, 1)
     return {
         "flops_per_token": nominal / tokens,
         "expert_flops_per_token": experts * asked / max(kept, 1) / tokens,
-        "flops_per_token_counted": total / tokens,
+        "flops_per_token_counted": (others + experts) / tokens,
         "drop_rate_when_counted": dropped / max(kept + dropped, 1),
     }
 

@@ -1,6 +1,7 @@
 """metrics.csv: every scalar, one row per step and metric."""
 
 import csv
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,10 @@ def start_csv(path: Path, columns: tuple[str, ...], resumed_step: int | None) ->
             next(reader, None)
             # A row cut short by a kill is shorter than the header.
             kept = [row for row in reader if len(row) == len(columns) and int(row[0]) <= resumed_step]
-    with open(path, "w", newline="") as file:
+    # Beside it first: a kill in between must not take the rows of hours.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(temporary, "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(columns)
         writer.writerows(kept)
+    os.replace(temporary, path)

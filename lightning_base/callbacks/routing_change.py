@@ -10,6 +10,7 @@ from torch import Tensor
 from lightning_base.callbacks.causality import router_inputs
 from lightning_base.metrics.routing_gap import ExpertSets, expert_sets, tokens_that_differ
 from lightning_base.module import LanguageModel
+from lightning_base.reduction import over_ranks, rank, world_size
 
 Sets = dict[str, ExpertSets]
 
@@ -42,7 +43,7 @@ class RoutingChange(pl.Callback):
             return
         self._probe = batch
         found = self._route(trainer, pl_module)
-        if self._last:
+        if sizes(self._last) == sizes(found):
             self._log(trainer, pl_module, "validation", found)
         self._last, self._step_follows = found, True
 
@@ -80,11 +81,17 @@ class RoutingChange(pl.Callback):
             logger.log_metrics(values, trainer.global_step)
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "step_follows": self._step_follows,
-            "last": {layer: [sets.pairs, sets.num_tokens, sets.num_experts] for layer, sets in self._last.items()},
-        }
+        # Of all ranks, each of which has a batch of its own: a checkpoint keeps what the first one gives.
+        mine = {layer: [sets.pairs, sets.num_tokens, sets.num_experts] for layer, sets in self._last.items()}
+        return {"last": over_ranks(mine)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        # A resumed run has no batch to route until its next validation: it logs no change over one step before.
-        self._last = {layer: ExpertSets(*held) for layer, held in state_dict["last"].items()}
+        # With other ranks or another accumulation batches are others, and the next validation has nothing to compare.
+        last = state_dict["last"]
+        if len(last) == world_size():
+            self._last = {layer: ExpertSets(*held) for layer, held in last[rank()].items()}
+
+
+def sizes(found: Sets) -> dict[str, int]:
+    """The tokens that were routed in each layer."""
+    return {layer: sets.num_tokens for layer, sets in found.items()}

@@ -7,9 +7,14 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 
+from lightning_base.checkpoint import checkpoints, on_all_ranks, step_of
 from lightning_base.distributed.launch import STOP_SIGNALS
+from lightning_base.gradients import local
 from lightning_base.module import LanguageModel, NonFiniteError
 from lightning_base.run_directory import RunDirectory
+
+# What a checkpoint holds of the run beside Lightning's state: how long its log files were.
+LOGS = "logs"
 
 
 class PreemptedError(Exception):
@@ -33,7 +38,6 @@ class Preemption(pl.Callback):
     def __init__(self, run: RunDirectory, keep: int | None = 2) -> None:
         self.run, self.keep = run, keep
         self.requested: str | None = None
-        self.saved = False
         self._before: dict[int, Any] = {}
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -48,31 +52,18 @@ class Preemption(pl.Callback):
         if not isinstance(exception, PreemptedError):
             self._restore()
 
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        # Only now has the step before been logged. An exception, not should_stop: Lightning would validate once more.
-        if self.saved:
-            raise PreemptedError(f"asked to stop; step {trainer.global_step} is saved", self.requested)
-
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
-        if not self._requested_of_any(trainer):
+        # Ranks are signalled at different moments; they have to stop at the same step.
+        if not trainer.strategy.reduce_boolean_decision(self.requested is not None, all=False):
             return
         assert isinstance(pl_module, LanguageModel)
         save(trainer, pl_module, self.run, self.keep)
-        self.saved = True
-
-    def _requested_of_any(self, trainer: pl.Trainer) -> bool:
-        """Ranks are signalled at different moments; they have to stop at the same step."""
-        requested = self.requested is not None
-        if trainer.world_size == 1:
-            return requested
-        flag = torch.tensor(float(requested), device=trainer.strategy.root_device)
-        return bool(trainer.strategy.reduce(flag, reduce_op="sum"))
+        # An exception, not should_stop: Lightning would validate first, which a resumed run does by itself.
+        raise PreemptedError(f"asked to stop; step {trainer.global_step} is saved", self.requested)
 
     def _request(self, number: int, frame: FrameType | None) -> None:
         again = self.requested is not None
@@ -87,17 +78,42 @@ class Preemption(pl.Callback):
 
 
 class PeriodicCheckpoint(pl.Callback):
-    """Saves every n steps and at the end.
+    """Saves every n steps and at the end, before the validation of that step; a run that resumes does that first.
+
+    A checkpoint comes after all rows that its step has logged, and knows how long the log files were: those are cut
+    there when a run resumes, so that no row is lost or doubled.
 
     Args:
         run: where checkpoints go.
         every_n_steps: n.
         keep: how many of the newest stay; with two, one is whole whatever happens. None keeps all of them, which shows
             how routing changed over training.
+
+    Attributes:
+        resumed: whether the run goes on from a checkpoint, until the first step after it.
     """
 
     def __init__(self, run: RunDirectory, every_n_steps: int, keep: int | None = 2) -> None:
         self.run, self.every_n_steps, self.keep = run, every_n_steps, keep
+        self.resumed = False
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.validation_is_due(trainer):
+            # As Lightning does after a batch; what it does on a restart by itself is to go on without.
+            loop = trainer.fit_loop.epoch_loop.val_loop
+            loop.restarting = False
+            trainer.validating = True
+            loop.run()
+            trainer.training = True
+        self.resumed = False
+
+    def validation_is_due(self, trainer: pl.Trainer) -> bool:
+        """Whether the run goes on from a checkpoint whose step was to be validated."""
+        if not (self.resumed and trainer.enable_validation):
+            return False
+        every = trainer.val_check_batch
+        assert isinstance(every, int)
+        return trainer.global_step * trainer.accumulate_grad_batches % every == 0
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -115,20 +131,40 @@ class PeriodicCheckpoint(pl.Callback):
         if isinstance(exception, NonFiniteError) and pl_module.unproven_checkpoint and trainer.is_global_zero:
             trainer.strategy.remove_checkpoint(pl_module.unproven_checkpoint)
 
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        checkpoint[LOGS] = self.run.log_sizes()
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        self.resumed = True
+        # Lightning counts micro batches, of which a step may have had another number.
+        done = checkpoint["global_step"] * trainer.accumulate_grad_batches
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        for counts in (progress["total"], progress["current"]):
+            counts.update(ready=done, started=done, processed=done, completed=done - 1)
+
 
 def save(trainer: pl.Trainer, module: LanguageModel, run: RunDirectory, keep: int | None) -> None:
-    """Saves a checkpoint named after the step and removes all but the newest ``keep``.
+    """Saves a checkpoint named after the step and removes all but the newest ``keep``; all ranks take part.
 
-    All ranks take part, the first one writes.
+    Raises:
+        CheckpointError: it could not be written, on whichever rank.
     """
     path = run.checkpoints / f"step_{trainer.global_step}.ckpt"
     if str(path) in (module.last_checkpoint, module.unproven_checkpoint):
         return
-    if not all(bool(torch.isfinite(parameter).all()) for parameter in module.parameters()):
+    finite = all(bool(torch.isfinite(local(parameter)).all()) for parameter in module.parameters())
+    # Ranks may hold different experts, and have to agree.
+    if not trainer.strategy.reduce_boolean_decision(finite):
         return  # the next step will fail, and name the checkpoint before this one
+    on_all_ranks(run.sync_logs if trainer.is_global_zero else lambda: None, f"the logs in {run.path} cannot be written")
     trainer.save_checkpoint(path)
     module.unproven_checkpoint = str(path)
     if trainer.is_global_zero and keep is not None:
-        ordered = sorted(run.checkpoints.glob("step_*.ckpt"), key=lambda p: int(p.stem.split("_")[1]))
-        for old in ordered[:-keep]:
+        # One from later than this step is damaged, or of a future that did not happen: it does not count.
+        past = [path for path in checkpoints(run.checkpoints) if step_of(path) <= trainer.global_step]
+        for old in past[keep:]:
             trainer.strategy.remove_checkpoint(old)

@@ -31,12 +31,11 @@ class StepTime(pl.Callback):
 
     Means over ranks, summed over layers and micro batches; the phases add up to the step, the shares to 1.
 
-    ``router``, ``dispatch``, ``experts``, ``combine``: the sparse layers in the forward pass. Passes that route micro
-    batches ahead for a balancing loss over the step count; what activation checkpointing computes again does not: it is
-    in the backward pass.
+    ``router``, ``dispatch``, ``experts``, ``combine``: the sparse layers in the forward pass. Shuffling and sending
+    tokens is in ``dispatch``, their way back in ``combine``. Passes that route micro batches ahead for a balancing loss
+    over the step count; what activation checkpointing computes again does not: it is in the backward pass.
     ``assignment``: of the router's time, what solving or approximating a balanced assignment took
-    (``assignment_seconds`` of the plans); ``router`` is the
-    rest.
+    (``assignment_seconds`` of the plans); ``router`` is the rest.
     ``other_forward``: attention, dense layers, embedding, the loss, and callbacks at the start of a batch.
     ``waiting``: how much earlier than the last one a rank reaches the step's first gradient reduction, which begins
     with the backward pass of the last micro batch: max - mean over ranks of the time until then. There is no barrier:

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from lightning_base.claims.studies import MissingError, Studies, difference, final_loss, loss_at, mean
 from lightning_base.claims.why import LENGTHS, NAMES, SCALES
-from lightning_base.report.colors import ROUTERS
+from lightning_base.report.drawing import ROUTERS
 from lightning_base.report.statistics import Interval
 
 

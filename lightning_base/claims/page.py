@@ -86,5 +86,5 @@ def conditions(studies: Studies) -> str:
         f"{first['packages']['torch']}, {first['steps']} steps of {first['tokens'] // first['steps']:,} tokens, seeds "
         f"{', '.join(str(seed) for seed in sorted({run.seed for run in runs}))}."
     )
-    out = "".join(f"\n- left out: {job.name}: {job.reason}" for job in studies.left_out)
+    out = "".join(f"\n- left out: {job.name}: {job.state}: {job.reason}" for job in studies.left_out)
     return text + ("\n" + out if out else "")

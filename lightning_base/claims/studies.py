@@ -1,16 +1,15 @@
 """Finished experiments as pairs of runs with the same seed."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lightning_base.report.flat import flatten
-from lightning_base.report.read import Run, read_experiment
+from lightning_base.report.read import LeftOut, Run, flatten
 from lightning_base.report.statistics import Interval, interval, paired
-from lightning_base.report.verify import problems
+from lightning_base.report.verify import sound_runs
 
 Number = Callable[[Run], float]
 # An arm: its runs by seed.
@@ -19,14 +18,6 @@ Arm = dict[int, Run]
 
 class MissingError(Exception):
     """An experiment, or an arm of it, that a claim needs and that has not run; one sentence."""
-
-
-@dataclass(frozen=True)
-class LeftOut:
-    """A run that no number comes from, and why."""
-
-    name: str
-    reason: str
 
 
 class Studies:
@@ -50,14 +41,9 @@ class Studies:
         if name not in self._read:
             if not (self.runs / name).is_dir():
                 raise MissingError(f"{name} has not run: make experiment EXPERIMENT={name}")
-            found = read_experiment(self.runs / name)
-            self.left_out += [LeftOut(f"{name}/{job.name}", f"{job.state}: {job.reason}") for job in found.left_out]
-            sound = []
-            for run in found.runs:
-                wrong = problems(run)
-                self.left_out += [LeftOut(f"{name}/{run.name}", wrong[0])] if wrong else []
-                sound += [] if wrong else [run]
-            self._read[name] = sound
+            found = sound_runs(self.runs / name)
+            self.left_out += [replace(job, name=f"{name}/{job.name}") for job in found.left_out]
+            self._read[name] = found.runs
         return self._read[name]
 
     def arm(self, experiment: str, router: str, where: Callable[[Run], bool] = lambda run: True, **options: Any) -> Arm:

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lightning_base.checkpoint import VerifiedCheckpointIO
+from lightning_base.checkpoint import VerifiedCheckpointIO, checkpoints
 from lightning_base.claims.studies import Arm, Number, Studies, difference, final, final_loss, last, loss_at, mean
 from lightning_base.claims.verdict import Rows, plain, signed
 from lightning_base.report.read import Run
@@ -69,15 +69,25 @@ def movement(studies: Studies) -> Rows:
         for s in (3, 10)
     }
     for name, arm in {**arms, **scaled}.items():
-        early, late = at_first("routing_change/step/mean"), last("routing_change/step/mean")
+        early, late = at("routing_change/step/mean", 0), last("routing_change/step/mean")
         over = last("routing_change/validation/mean")
         rows.append([name, *(plain(mean(arm, read), 3) for read in (early, late, over)), plain(mean(arm))])
     return rows
 
 
-def at_first(name: str) -> Number:
-    """The first value of a scalar."""
-    return lambda run: float(run.series[name].values[0])
+def epochs(studies: Studies) -> Rows:
+    """How many tokens of a fixed text have another expert one epoch later, from the first epoch's end on."""
+    rows: Rows = [["arm", "first to second epoch", "second to third", "third to fourth"]]
+    for router, name in NAMES.items():
+        if "Dense" not in router:
+            arm = studies.arm("epochs", router)
+            rows.append([name, *(plain(mean(arm, at("routing_change/validation/mean", i)), 3) for i in range(3))])
+    return rows
+
+
+def at(name: str, index: int) -> Number:
+    """A value of a scalar by its place in the run."""
+    return lambda run: float(run.series[name].values[index])
 
 
 def gates(studies: Studies) -> Rows:
@@ -227,15 +237,15 @@ def openness(studies: Studies) -> Rows:
     confidence = "train_step/router_confidence/mean"
     for name, arm in arms.items():
         alike = plain(mean(arm, cosine), 2) if name.startswith("base") else ""
-        ends = (plain(mean(arm, read), 3) for read in (at_first(confidence), last(confidence)))
+        ends = (plain(mean(arm, read), 3) for read in (at(confidence, 0), last(confidence)))
         rows.append([name, *ends, alike, plain(mean(arm))])
     return rows
 
 
 def centroids(run: Run) -> Tensor:
     """The centroids of the first sparse layer at the end, [E, D]."""
-    newest = max((run.path / "checkpoints").glob("step_*.ckpt"), key=lambda path: int(path.stem.split("_")[1]))
-    state = VerifiedCheckpointIO().load_checkpoint(newest, weights_only=True)["state_dict"]
+    newest = checkpoints(run.path / "checkpoints")[0]
+    state = VerifiedCheckpointIO().load_checkpoint(newest)["state_dict"]
     found: Tensor = next(value for name, value in state.items() if name.endswith("router.centroids"))
     return found.double()
 
@@ -252,6 +262,7 @@ TABLES: dict[str, Callable[[Studies], Rows]] = {
     "movement": movement,
     "openness": openness,
     "gates": gates,
+    "epochs": epochs,
     "scales": scales,
     "mended": mended,
     "router_rates": router_rates,

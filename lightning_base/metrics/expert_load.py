@@ -89,7 +89,8 @@ class ExpertLoad(Metric):
             group_load = plan.group_load
             demand[i, : plan.num_experts] += plan.demand
             load[i, : plan.num_experts] += plan.load
-            self.rank_load[i] += len(plan.token_index)
+            # With sharded experts a rank computes the tokens of others.
+            self.rank_load[i] += plan.aux.get("computed", len(plan.token_index))
             single["tokens"][i] += plan.num_tokens
             single["left_behind"][i] += plan.tokens_left_behind
             single["weight_sum"][i] += plan.weight.detach().double().sum()

@@ -28,6 +28,9 @@ class Experts(nn.Module):
         hidden_width: H of each block, a multiple of 8.
         sublayers: S.
         activation: relu (the paper's), gelu or silu.
+
+    Attributes:
+        held: the experts whose parameters are here: all of them, until ``keep``.
     """
 
     def __init__(
@@ -44,6 +47,7 @@ class Experts(nn.Module):
                     "16 bytes only, which are 8 numbers in half precision"
                 )
         self.num_experts = num_experts
+        self.held = range(num_experts)
         self.activation = ACTIVATIONS[activation]
         self.w1 = nn.ParameterList(torch.empty(num_experts, width, hidden_width) for _ in range(sublayers))
         self.w2 = nn.ParameterList(torch.empty(num_experts, hidden_width, width) for _ in range(sublayers))
@@ -56,6 +60,21 @@ class Experts(nn.Module):
                 nn.init.normal_(w1[expert], std=w1.shape[1] ** -0.5)
         for w2 in self.w2:
             nn.init.zeros_(w2)
+
+    def keep(self, rank: int, ranks: int) -> None:
+        """Forgets all experts but the share of one of several ranks, which are then the E of ``forward``.
+
+        Raises:
+            ValueError: the ranks cannot hold equally many.
+        """
+        if self.num_experts % ranks:
+            raise ValueError(f"{self.num_experts} experts cannot be shared equally by {ranks} ranks")
+        share = self.num_experts // ranks
+        self.held = range(rank * share, (rank + 1) * share)
+        for weights in (self.w1, self.w2):
+            for depth, whole in enumerate(weights):
+                mine = whole.detach()[self.held.start : self.held.stop].clone()
+                weights[depth] = nn.Parameter(mine, requires_grad=whole.requires_grad)
 
     @property
     def sublayers(self) -> int:

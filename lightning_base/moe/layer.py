@@ -3,13 +3,19 @@
 Shapes: B sequences, L positions, D width, T tokens that are not padding.
 """
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_base.moe.dispatch import Dispatcher
+from lightning_base.moe.dispatch import Dispatch, Dispatcher, ShardedDispatcher
+from lightning_base.moe.exchange import Exchange
 from lightning_base.moe.experts import Experts
+from lightning_base.moe.shuffle import Shuffle
 from lightning_base.moe.stopwatch import Stopwatch
 from lightning_base.routing.plan import RoutingGroups, RoutingPlan
 from lightning_base.routing.router import Router
@@ -27,12 +33,15 @@ class SparseLayer(nn.Module):
         routing_group: sequences that are routed together.
         router_norm: the router sees LayerNorm(h), without gain, instead of h.
         residual: False leaves h out and gives only what the experts add, for a block that adds h by itself.
+        shuffle: deals the tokens of a training step out to its routing groups; None: a group is whole sequences.
 
     Attributes:
         stopwatch: takes the time of each phase, if whoever wants to know sets one.
+        exchange: through which tokens go to experts on other ranks; None where this rank holds all of them.
     """
 
     stopwatch: Stopwatch | None = None
+    exchange: Exchange | None = None
 
     def __init__(
         self,
@@ -42,6 +51,7 @@ class SparseLayer(nn.Module):
         routing_group: int,
         router_norm: bool = True,
         residual: bool = True,
+        shuffle: Shuffle | None = None,
     ) -> None:
         super().__init__()
         if router.num_experts != experts.num_experts:
@@ -53,6 +63,23 @@ class SparseLayer(nn.Module):
         self.routing_group = routing_group
         self.router_norm = router_norm
         self.residual = residual
+        self.shuffle = shuffle
+        self._dispatcher: Callable[[RoutingPlan], Dispatch] = Dispatcher
+
+    def shard(self, exchange: Exchange, *, same_sizes: bool = False) -> None:
+        """Keeps this rank's share of the experts, and lets tokens find the others.
+
+        Args:
+            exchange: between the ranks that share the experts.
+            same_sizes: every rank of them always has routing groups of the same sizes in training, that is: no padding.
+
+        Raises:
+            ValueError: the experts cannot be shared equally.
+        """
+        self.experts.keep(exchange.rank, exchange.size)
+        self.exchange = exchange
+        # Evaluation fills up its last batch with padding, of which ranks have more and less.
+        self._dispatcher = lambda plan: ShardedDispatcher(plan, exchange, same_sizes=same_sizes and self.training)
 
     def forward(
         self,
@@ -89,15 +116,23 @@ class SparseLayer(nn.Module):
         where = None if valid is None else valid.flatten().nonzero().squeeze(1)
         tokens_TD = flat_TD if where is None else flat_TD[where]
         ids_T = ids_T if where is None else ids_T[where]
+        watch = self.stopwatch
+        if watch is not None:
+            watch.start()
+        deal = None if self.shuffle is None else self.shuffle.deal(groups, hidden.device)
+        if deal is not None:
+            tokens_TD = deal.shuffle(tokens_TD)
+            ids_T = deal.shuffle(ids_T) if self.router.needs_token_ids else ids_T
+            if watch is not None:
+                watch.lap("dispatch")
 
         seen_TD = F.layer_norm(tokens_TD, tokens_TD.shape[-1:]) if self.router_norm else tokens_TD
-        watch = self.stopwatch
         if watch is not None:
             watch.start()
         plan = self.router(seen_TD, ids_T, groups)
         if watch is not None:
             watch.lap("router")
-        dispatcher = Dispatcher(plan)
+        dispatcher = self._dispatcher(plan)
         # Experts of one sublayer see the same LayerNorm as the router, which need not be taken twice. Somebody else's
         # module in their place is given the tokens themselves.
         shared_norm = self.router_norm and type(self.experts) is Experts and self.experts.sublayers == 1
@@ -109,18 +144,38 @@ class SparseLayer(nn.Module):
         if watch is not None:
             watch.lap("experts")
         added_TD = dispatcher.combine(outputs_AD).to(flat_TD.dtype)
+        if deal is not None:
+            added_TD = deal.unshuffle(added_TD)
         if watch is not None:
             watch.lap("combine")
         if where is not None:
             added_TD = torch.zeros_like(flat_TD).index_copy(0, where, added_TD)
         result_TD = flat_TD + added_TD if self.residual else added_TD
-        return result_TD.view_as(hidden), plan
+        return result_TD.view_as(hidden), dispatcher.plan
 
     def _groups(self, sequences: int, length: int, valid: Tensor | None) -> RoutingGroups:
         per_sequence = [length] * sequences if valid is None else valid.sum(1).tolist()
         step = self.routing_group
         sizes = tuple(sum(per_sequence[i : i + step]) for i in range(0, sequences, step))
         return RoutingGroups(sizes, tuple(per_sequence))
+
+
+def _dispatch_held(plan: RoutingPlan, held: range) -> Dispatch:
+    return Dispatcher(plan.of_experts(held))
+
+
+@contextmanager
+def without_exchange(model: nn.Module) -> Iterator[None]:
+    """Inside, a rank can run ``model`` by itself: experts of other ranks add nothing to its tokens."""
+    sharded = [module for module in model.modules() if isinstance(module, SparseLayer) and module.exchange is not None]
+    before = [layer._dispatcher for layer in sharded]
+    try:
+        for layer in sharded:
+            layer._dispatcher = partial(_dispatch_held, held=layer.experts.held)
+        yield
+    finally:
+        for layer, dispatcher in zip(sharded, before, strict=True):
+            layer._dispatcher = dispatcher
 
 
 def set_evaluation_mode(model: nn.Module, mode: str | None) -> None:

@@ -1,29 +1,103 @@
-"""How figures look, and how they become pictures."""
+"""How figures look: one colour, marker and line per arm in every figure and report, and how they become pictures."""
 
 import textwrap
+import zlib
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from io import BytesIO
 from typing import Any
 
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 
-from lightning_base.report.picture import Picture
+from lightning_base.report.fairness import Arm
+from lightning_base.report.words import TEMPLATES
 
-# A white ground of its own: readable on light and dark pages alike.
-LOOK: Any = {
-    "font.size": 11,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#e3e3e3",
-    "figure.facecolor": "white",
-    "savefig.facecolor": "white",
-    # Labels come from files: a dollar sign in them is a dollar sign.
-    "text.parse_math": False,
-    "svg.hashsalt": "lightning_base",
+# Colours of Okabe and Ito, which people with any kind of colour vision can tell apart, for those who meet most often;
+# of Paul Tol for the others. Markers say it once more. Blue to violet balances by prices or biases, warm and green lets
+# tokens choose, grey looks at nothing.
+ROUTERS = {
+    "BASE": ("#0072B2", "o"),
+    "Switch": ("#D55E00", "s"),
+    "TopK": ("#009E73", "^"),
+    "Dense": ("#000000", "D"),
+    "GatedDense": ("#707070", "d"),
+    "Uniform": ("#CC79A7", "v"),
+    "Sinkhorn": ("#56B4E9", "X"),
+    "LossFree": ("#332288", "d"),
+    "Quantile": ("#44AA99", "h"),
+    "BIP": ("#6A51A3", "p"),
+    "NoisyTopK": ("#E69F00", "<"),
+    "GShard": ("#882255", ">"),
+    "ExpertChoice": ("#AA4499", "*"),
+    "Hash": ("#999933", "P"),
+    "Random": ("#8C8C8C", "8"),
+    "Skewed": ("#5F4B32", "H"),
+    "Replay": ("#DDAA33", "."),
 }
+# For routers that are not in the table; which one depends on the name alone, so that it is the same in every report.
+SPARE = (("#E69F00", "P"), ("#56B4E9", "X"), ("#999999", "*"), ("#E69F00", "<"), ("#56B4E9", ">"), ("#999999", "p"))
+LINES = ("-", "--", "-.", ":")
 LAYERS_PER_FIGURE = 4
+LOOK = TEMPLATES / "figures.mplstyle"
+
+
+@dataclass(frozen=True)
+class Style:
+    """How an arm looks: ``color`` as #rrggbb, ``marker`` and ``line`` as matplotlib knows them."""
+
+    color: str
+    marker: str
+    line: str
+
+    @property
+    def of_line(self) -> dict[str, Any]:
+        """As arguments of ``plot``."""
+        return {"color": self.color, "marker": self.marker, "ls": self.line}
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A drawn figure: its file name without a suffix, what one sees in it, and its bytes in two formats.
+
+    ``width`` is in inches, at which its letters have the size of the text around it.
+    """
+
+    name: str
+    title: str
+    caption: str
+    width: float
+    svg: bytes
+    png: bytes
+
+
+def router_color(router: str) -> tuple[str, str]:
+    """Colour and marker of a router by its class name."""
+    return ROUTERS.get(router) or SPARE[zlib.crc32(router.encode()) % len(SPARE)]
+
+
+def styles(arms: Sequence[Arm]) -> list[Style]:
+    """A style per arm: the router's colour; arms of one router get lighter shades and other lines, in order."""
+    found = []
+    for i, arm in enumerate(arms):
+        alike = [j for j, other in enumerate(arms) if other.router == arm.router]
+        place = alike.index(i)
+        color, marker = router_color(arm.router)
+        found.append(Style(lighten(color, 0.5 * place / max(1, len(alike) - 1)), marker, LINES[place % len(LINES)]))
+    return found
+
+
+def lighten(color: str, share: float) -> str:
+    """A colour moved towards white by a share of the way.
+
+    >>> lighten("#000000", 0.5)
+    '#808080'
+    """
+    red, green, blue = (share + (1 - share) * part for part in to_rgb(color))
+    return to_hex((red, green, blue))
 
 
 def render(name: str, title: str, caption: str, figure: Figure) -> Picture:
@@ -40,13 +114,38 @@ def legend_columns(labels: Sequence[str]) -> int:
     return 4 if longest < 9 else 2 if longest < 24 else 1
 
 
-def panel(label: str, layer: str) -> str:
-    """The title of one small figure, broken where it would not fit."""
-    return textwrap.fill(f"{label}: {layer.replace('_', ' ')}", 40)
-
-
 def chunks(layers: Sequence[str]) -> Iterator[tuple[str, Sequence[str]]]:
     """Layers in portions that fit beside each other, with a suffix for the figure's name."""
     for start in range(0, len(layers), LAYERS_PER_FIGURE):
         part = f"_{start // LAYERS_PER_FIGURE + 1}" if len(layers) > LAYERS_PER_FIGURE else ""
         yield part, layers[start : start + LAYERS_PER_FIGURE]
+
+
+def panels(
+    rows: Sequence[tuple[str, dict[str, Any]]], **options: Any
+) -> Iterator[tuple[str, Figure, list[tuple[Axes, Any]]]]:
+    """Figures of a row per label and a column per layer; a layer that a row does not have stays empty.
+
+    Args:
+        rows: labels, and what is drawn by layer.
+        options: of ``Figure.subplots``.
+
+    Yields:
+        a suffix for the figure's name, the figure, and its panels with what is drawn in each.
+    """
+    for part, layers in chunks(list(dict.fromkeys(layer for _, found in rows for layer in found))):
+        figure = Figure(figsize=(2 + 3 * len(layers), 0.8 + 1.6 * len(rows)), layout="constrained")
+        grid = figure.subplots(len(rows), len(layers), squeeze=False, **options)
+        drawn = []
+        for (label, found), line in zip(rows, grid, strict=True):
+            for layer, axes in zip(layers, line, strict=True):
+                axes.set_title(textwrap.fill(f"{label}: {layer.replace('_', ' ')}", 40), fontsize=10, loc="left")
+                drawn += [(axes, found[layer])] if layer in found else []
+                axes.set_axis_on() if layer in found else axes.set_axis_off()
+        yield part, figure, drawn
+
+
+def heatmap(axes: Axes, relative: np.ndarray) -> AxesImage:
+    """Numbers of which 1 is even: grey; 2 and more are yellow, 0 is dark blue."""
+    axes.grid(visible=False)
+    return axes.imshow(relative, aspect="auto", cmap="cividis", vmin=0, vmax=2, interpolation="nearest")

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lightning_base.report.flat import flatten
-from lightning_base.report.read import Run
+from lightning_base.report.read import Run, flatten
+from lightning_base.run_directory import EXECUTION
 
 # The router's own side of the configuration: what a comparison is about.
 ROUTER = (
@@ -19,26 +19,19 @@ ROUTER = (
     "module.loss_coefficients",
     "module.router_init_scale",
     "module.router_learning_rate_factor",
+    "model.shuffle_tokens",
 )
 # Names and places; they change nothing that is computed.
 NAMING = (
     "name",
     "runs_dir",
+    "resume",
+    "plugins",
     "data.cache_dir",
     "trainer.progress_bar",
     "trainer.record_plans",
     "trainer.keep_checkpoints",
     "logger",
-)
-# How the same numbers are computed: by how many processes and threads, in which portions. Only speed depends on it.
-EXECUTION = (
-    "trainer.devices",
-    "trainer.num_nodes",
-    "trainer.accelerator",
-    "trainer.accumulate_grad_batches",
-    "trainer.threads",
-    "data.num_workers",
-    "strategy",
 )
 BY_SEED = ("batch_fingerprint", "initial_weights_fingerprint")
 THREADS = re.compile(r", \d+ threads?$")
@@ -46,9 +39,10 @@ THREADS = re.compile(r", \d+ threads?$")
 
 @dataclass(frozen=True)
 class Arm:
-    """One router with its options: a run per seed, in the order of the seeds."""
+    """One router with its options: a run per seed, in the order of the seeds, and what tells it from other arms."""
 
     runs: tuple[Run, ...]
+    label: str = ""
 
     @property
     def first(self) -> Run:
@@ -102,20 +96,11 @@ class Comparison:
         return next((i for i in ranked if not self.arms[i].sparse), ranked[0] if ranked else 0)
 
 
-@dataclass(frozen=True)
-class Difference:
-    """A field in which two settings differ, with both values."""
-
-    field: str
-    here: Any
-    there: Any
-
-
 def compare(runs: list[Run]) -> list[Comparison]:
     """Groups runs into comparisons: the one with the most arms first, then in the order of the runs."""
     arms: dict[tuple[Any, ...], list[Run]] = {}
     for run in runs:
-        key = (_key(shared_setting(run)), _key(router_side(run)), _key(execution(run)))
+        key = [repr(sorted(found.items())) for found in (shared_setting(run), router_side(run), execution(run))]
         # The same arm with the same seed twice: a repetition, shown as an arm of its own.
         repeat = 0
         while any(other.seed == run.seed for other in arms.get((*key, repeat), [])):
@@ -126,9 +111,7 @@ def compare(runs: list[Run]) -> list[Comparison]:
     # Those with most seeds first, so that a table has a seed in common wherever there is one.
     for arm in sorted(ordered, key=lambda arm: -len(arm.runs)):
         group = next((group for group in groups if belongs(arm, group)), None)
-        if group is None:
-            groups.append(group := [])
-        group.append(arm)
+        groups.append([arm]) if group is None else group.append(arm)
     place = {id(arm): i for i, arm in enumerate(ordered)}
     found_groups = [tuple(sorted(group, key=lambda arm: place[id(arm)])) for group in groups]
     found_groups.sort(key=lambda group: (-len(group), place[id(group[0])]))
@@ -149,12 +132,10 @@ def shared_setting(run: Run) -> dict[str, Any]:
     found = {name: manifest[name] for name in ("corpus_fingerprint", "steps", "sequences", "tokens")}
     found |= {"git_commit": manifest.get("git_commit"), "python": manifest.get("python")}
     found["device"] = THREADS.sub("", manifest["device"])
+    # Trained from there on, whatever the configuration says of the time before.
+    found |= {"started_from": manifest["started_from"]} if manifest.get("started_from") else {}
     found |= {f"packages.{name}": version for name, version in manifest["packages"].items()}
-    return found | {
-        key: value
-        for key, value in flatten(run.config).items()
-        if not under(key, (*ROUTER, *NAMING, *EXECUTION, "seed"))
-    }
+    return found | configured(run, (*ROUTER, *NAMING, *EXECUTION, "seed"), without=True)
 
 
 def setting(arms: tuple[Arm, ...]) -> dict[str, Any]:
@@ -166,37 +147,39 @@ def setting(arms: tuple[Arm, ...]) -> dict[str, Any]:
 
 def router_side(run: Run) -> dict[str, Any]:
     """The router's options and the coefficients of its losses: what may differ between arms."""
-    chosen = {key: value for key, value in flatten(run.config).items() if under(key, ROUTER)}
-    return chosen | flatten({"loss_coefficients": run.ledger.get("loss_coefficients") or {}})
+    return configured(run, ROUTER) | flatten({"loss_coefficients": run.ledger.get("loss_coefficients") or {}})
 
 
 def execution(run: Run) -> dict[str, Any]:
     """What changes the speed of a run and not its numbers."""
-    chosen = {key: value for key, value in flatten(run.config).items() if under(key, EXECUTION)}
-    return chosen | {"world_size": run.manifest["world_size"], "device": run.manifest["device"]}
+    return configured(run, EXECUTION) | {"world_size": run.manifest["world_size"], "device": run.manifest["device"]}
 
 
-def differences(one: Comparison, other: Comparison) -> list[Difference]:
-    """The fields in which two comparisons differ; those that somebody configured come first.
+def configured(run: Run, names: tuple[str, ...], without: bool = False) -> dict[str, Any]:
+    """The configuration under some names, or without them, by dotted key."""
+    found = flatten(run.config).items()
+    return {key: value for key, value in found if any(f"{key}.".startswith(f"{n}.") for n in names) != without}
+
+
+def differences(one: Comparison, other: Comparison) -> list[tuple[str, Any, Any]]:
+    """The fields in which two comparisons differ, with both values; those that somebody configured come first.
 
     What depends on the seed is compared for the seeds that both have.
     """
-    keys = sorted({*one.setting, *other.setting}, key=lambda key: (not is_configured(one, other, key), key))
+    shared = sorted(set(one.seeds) & set(other.seeds))
     found = []
-    for key in keys:
+    for key in sorted({*one.setting, *other.setting}, key=lambda key: (not is_configured((one, other), key), key)):
         here, there = one.setting.get(key), other.setting.get(key)
         if key not in BY_SEED:
-            found.append(Difference(key, here, there))
-            continue
-        shared = sorted(set(one.seeds) & set(other.seeds))
-        for seed in shared:
+            found.append((key, here, there))
+        for seed in shared if key in BY_SEED else ():
             field = key if len(shared) == 1 else f"{key} (seed {seed})"
-            found.append(Difference(field, one.setting[key][seed], other.setting[key][seed]))
-    return [difference for difference in found if difference.here != difference.there]
+            found.append((field, one.setting[key][seed], other.setting[key][seed]))
+    return [(field, here, there) for field, here, there in found if here != there]
 
 
-def is_configured(one: Comparison, other: Comparison, key: str) -> bool:
-    return any(key in flatten(comparison.arms[0].first.config) for comparison in (one, other))
+def is_configured(comparisons: Sequence[Comparison], key: str) -> bool:
+    return any(key in flatten(comparison.arms[0].first.config) for comparison in comparisons)
 
 
 def stage_of(arm: Arm, mode: str) -> str:
@@ -208,11 +191,3 @@ def unequal(arms: Sequence[Arm], name: str, tolerance: float = 0.01) -> bool:
     """Whether a cost of the ledger differs between arms by more than a share of the smallest."""
     costs = [float(arm.first.ledger[name]) for arm in arms]
     return max(costs) > (1 + tolerance) * min(costs)
-
-
-def under(key: str, names: tuple[str, ...]) -> bool:
-    return any(key == name or key.startswith(f"{name}.") for name in names)
-
-
-def _key(found: dict[str, Any]) -> str:
-    return repr(sorted(found.items()))

@@ -1,46 +1,50 @@
-"""The figures of quality: differences with their intervals, loss over three measures of cost, loss against speed."""
+"""The figures: differences with their intervals, loss over cost, loss against speed, load of experts, time of a step.
+
+Shapes: S recorded steps, E experts, N bins.
+"""
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
-from lightning_base.report.answer import contrasts
-from lightning_base.report.colors import Style, styles
-from lightning_base.report.curves import CURVE, cost
-from lightning_base.report.drawing import LOOK, legend_columns, render
-from lightning_base.report.fairness import Arm, Comparison
-from lightning_base.report.loads import drops_by_position, load_bars, load_heatmaps, time_bars
-from lightning_base.report.measures import ROUTED, by_seed, final_loss, mean, speed
-from lightning_base.report.picture import Picture
+from lightning_base.report import measures
+from lightning_base.report.answer import against_reference
+from lightning_base.report.drawing import LOOK, Picture, Style, heatmap, legend_columns, panels, render, styles
+from lightning_base.report.fairness import Arm, Comparison, stage_of
+from lightning_base.report.measures import CURVE, by_seed, final_loss, mean, validated
+from lightning_base.report.read import Run
+from lightning_base.report.speed import speed
 from lightning_base.report.statistics import margin
+from lightning_base.report.words import WORDS
+
+CAPTIONS = WORDS["captions"]
 
 
-def pictures(comparison: Comparison, labels: Sequence[str]) -> list[Picture]:
+def pictures(comparison: Comparison) -> list[Picture]:
     """All figures of a comparison; those without data are left out."""
-    looks = styles(comparison.arms)
-    with mpl.rc_context(LOOK):
+    arms, looks = comparison.arms, styles(comparison.arms)
+    with mpl.rc_context(fname=LOOK):
         return [
-            *differences(comparison, labels, looks),
-            *loss_curves(comparison.arms, labels, looks),
-            *pareto(comparison.arms, labels),
-            *load_bars(comparison.arms, labels, looks),
-            *load_heatmaps(comparison.arms, labels),
-            *drops_by_position(comparison.arms, labels, looks),
-            *time_bars(comparison.arms, labels),
+            *differences(comparison, looks),
+            *loss_curves(arms, looks),
+            *pareto(arms),
+            *load_bars(arms, looks),
+            *load_heatmaps(arms),
+            *drops_by_position(arms, looks),
+            *time_bars(arms),
         ]
 
 
-def differences(comparison: Comparison, labels: Sequence[str], looks: Sequence[Style]) -> Iterator[Picture]:
+def differences(comparison: Comparison, looks: Sequence[Style]) -> Iterator[Picture]:
     """A forest plot: an arm a line, its difference to the reference with its interval, a dot per seed."""
-    reference = labels[comparison.reference]
-    found = contrasts(comparison, comparison.reference, range(len(labels)))
+    arms, reference = comparison.arms, comparison.arms[comparison.reference].label
+    found = sorted(against_reference(comparison).values(), key=lambda contrast: contrast.interval.mean)
     if not found:
         return
-    found.sort(key=lambda contrast: contrast.interval.mean)
-    several = any(contrast.interval.known for contrast in found)
     figure = Figure(figsize=(5.6, 1.2 + 0.36 * len(found)), layout="constrained")
     axes = figure.subplots()
     axes.axvline(0, color="#444444", lw=1)
@@ -51,89 +55,77 @@ def differences(comparison: Comparison, labels: Sequence[str], looks: Sequence[S
             axes.plot((gap.low, gap.high), (line, line), color=color, lw=2, solid_capstyle="butt")
             filled = color if contrast.decided else "white"
             axes.plot(gap.mean, line, "D", color=color, mfc=filled, ms=7, gid=f"difference{contrast.arm}")
-    axes.set_yticks(range(len(found)), [labels[contrast.arm] for contrast in found])
+    axes.set_yticks(range(len(found)), [arms[contrast.arm].label for contrast in found])
     axes.set_ylim(len(found) - 0.5, -0.5)
     axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.grid(axis="y", visible=False)
     axes.set_xlabel(f"loss minus that of {reference} [nats per token]")
-    caption = (
-        "Left of 0 is better. Dots: the difference of each seed. Diamond and line: their mean with its 95 % t "
-        "interval; a filled diamond is beyond noise (p below 0.05 after Holm's correction), an empty one is undecided."
-        if several
-        else "Left of 0 is better. One seed: how far these differences are noise cannot be said."
-    )
+    several = any(contrast.interval.known for contrast in found)
+    caption = CAPTIONS["difference" if several else "difference_of_one_seed"]
     yield render("difference", f"Difference to {reference}", caption, figure)
 
 
-def loss_curves(arms: Sequence[Arm], labels: Sequence[str], looks: Sequence[Style]) -> Iterator[Picture]:
+SHOWN = {
+    "steps": ("optimizer steps", "Learning per token"),
+    "time": ("training time [s]", "Learning per second"),
+    "FLOPs": ("FLOPs", "Learning per FLOP"),
+}
+
+
+def loss_curves(arms: Sequence[Arm], looks: Sequence[Style]) -> Iterator[Picture]:
     """Validation loss against steps, training time and FLOPs."""
+    if not validated(arms):
+        return
     sequences = arms[0].first.config.get("data", {}).get("validation_sequences")
     text = f"{sequences} sequences spread evenly over the validation text" if sequences else "the validation text"
     several = max(len(arm.runs) for arm in arms) > 1
     spread = " Lines are means over seeds, bands their 95 % t intervals." if several else ""
-    shown = {
-        "steps": ("optimizer steps", "Learning per token", "All arms see the same tokens at the same step."),
-        "time": ("training time [s]", "Learning per second", "Validation and checkpoints take none of it."),
-        "FLOPs": ("FLOPs", "Learning per FLOP", "Dropped tokens are counted as if they had been computed."),
-    }
-    for key, (axis, title, note) in shown.items():
-        across = legend_columns(labels)
-        figure = Figure(figsize=(5.4, 4.0 + 0.24 * -(-len(labels) // across)), layout="constrained")
+    across = legend_columns([arm.label for arm in arms])
+    for key, (axis, title) in SHOWN.items():
+        figure = Figure(figsize=(5.4, 4.0 + 0.24 * -(-len(arms) // across)), layout="constrained")
         axes = figure.subplots()
-        ends: list[float] = []
+        ends = {}
         for i, (arm, look) in enumerate(zip(arms, looks, strict=True)):
-            runs = [run for run in arm.runs if CURVE in run.series]
-            length = min((len(run.series[CURVE].values) for run in runs), default=0)
-            if not length:
+            runs = validated([arm])
+            if not runs:
                 continue
-            x = np.mean([cost(run, key)[:length] for run in runs], 0)
+            length = min(len(run.series[CURVE].values) for run in runs)
+            x = np.mean([measures.cost(run, key)[:length] for run in runs], 0)
             y = np.stack([run.series[CURVE].values[:length] for run in runs])
-            axes.plot(
-                x, y.mean(0), color=look.color, marker=look.marker, ls=look.line, ms=5, label=labels[i], gid=f"line{i}"
-            )
+            (line,) = axes.plot(x, y.mean(0), ms=5, label=arm.label, gid=f"line{i}", **look.of_line)
             if len(runs) > 1:
                 half = np.array([margin(column) for column in y.T.tolist()])
                 axes.fill_between(x, y.mean(0) - half, y.mean(0) + half, color=look.color, alpha=0.15, lw=0)
-            ends.append(float(y[:, -1].mean()))
-        if not ends:
-            return
-        axes.set_xlabel(axis)
-        axes.set_ylabel("validation loss [nats per token]")
+            ends[line] = float(y[:, -1].mean())
+        axes.set(xlabel=axis, ylabel="validation loss [nats per token]")
         axes.set_xlim(left=0)
         if key == "FLOPs":
             axes.xaxis.set_major_formatter(EngFormatter())
         # In the order in which the lines end, the highest first.
-        handles, names = axes.get_legend_handles_labels()
-        order = sorted(range(len(handles)), key=lambda j: -ends[j])
-        figure.legend(
-            [handles[j] for j in order],
-            [names[j] for j in order],
-            loc="outside lower center",
-            frameon=False,
-            ncols=across,
-        )
-        caption = f"Validation loss over {text} (the table has all of it) against {axis}. {note}{spread}"
+        handles = sorted(ends, key=lambda line: -ends[line])
+        figure.legend(handles=handles, loc="outside lower center", frameon=False, ncols=across)
+        caption = f"Validation loss over {text} (the table has all of it) against {axis}. {CAPTIONS[key]}{spread}"
         yield render(f"loss_{key.lower()}", title, caption, figure)
 
 
-def pareto(arms: Sequence[Arm], labels: Sequence[str]) -> Iterator[Picture]:
+def pareto(arms: Sequence[Arm]) -> Iterator[Picture]:
     """Loss against speed, balance in colour; a line joins the arms that none beats in both."""
     points = [
-        (pace, loss, i)
-        for i, arm in enumerate(arms)
+        (pace, loss, arm)
+        for arm in arms
         if (pace := mean(arm, speed)) is not None and np.isfinite(loss := mean(arm, final_loss) or np.nan)
     ]
     if len(points) < 2:
         return
     figure = Figure(figsize=(5.6, 4.2), layout="constrained")
     axes = figure.subplots()
-    front = pareto_front([(pace, loss) if arms[i].causal else (0.0, np.inf) for pace, loss, i in points])
-    joined = sorted(points[j][:2] for j in front)
-    axes.plot(*zip(*joined, strict=True), color="#888888", lw=1, ls="--", gid="front")
-    violations = [mean(arms[i], ROUTED[-1].read) for *_, i in points]
+    front = pareto_front([(pace, loss) if arm.causal else (0.0, np.inf) for pace, loss, arm in points])
+    axes.plot(*zip(*sorted(points[j][:2] for j in front), strict=True), color="#888888", lw=1, ls="--", gid="front")
+    violations = [mean(arm, measures.ROUTED[-1].read) for *_, arm in points]
+    paces, losses, _ = zip(*points, strict=True)
     shown = axes.scatter(
-        [pace for pace, *_ in points],
-        [loss for _, loss, _ in points],
+        paces,
+        losses,
         c=[np.nan if value is None else value for value in violations],
         s=80,
         cmap="viridis_r",
@@ -143,19 +135,14 @@ def pareto(arms: Sequence[Arm], labels: Sequence[str]) -> Iterator[Picture]:
     )
     axes.margins(0.15)
     seen = axes.get_xlim(), axes.get_ylim()
-    for pace, loss, i in points:
-        across, along = (margin(list(by_seed(arms[i], read).values())) for read in (speed, final_loss))
+    for pace, loss, arm in points:
+        across, along = (margin(list(by_seed(arm, read).values())) for read in (speed, final_loss))
         axes.errorbar(pace, loss, xerr=across, yerr=along, color="#999999", lw=1)
-    axes.set(xlim=seen[0], ylim=seen[1], xlabel="training tokens per second", ylabel="validation loss [nats per token]")
-    for pace, loss, i in points:
-        text = labels[i] if arms[i].causal else f"{labels[i]}‡"
+        text = arm.label + "‡" * (not arm.causal)
         axes.annotate(text, (pace, loss), (7, 5), textcoords="offset points", fontsize=10)
+    axes.set(xlim=seen[0], ylim=seen[1], xlabel="training tokens per second", ylabel="validation loss [nats per token]")
     figure.colorbar(shown, ax=axes, label="max_vio in evaluation (0 is even)")
-    caption = (
-        "Lower and further right is better. The broken line joins the arms that no other beats in both; arms marked "
-        "‡ look ahead in evaluation and are not on it. Grey bars: 95 % t intervals, cut at the frame."
-    )
-    yield render("pareto", "Loss, speed and balance", caption, figure)
+    yield render("pareto", "Loss, speed and balance", CAPTIONS["pareto"], figure)
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
@@ -166,3 +153,102 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
         if np.isfinite(loss)
         and not any(p >= pace and other <= loss and (p, other) != (pace, loss) for p, other in points)
     ]
+
+
+def load_bars(arms: Sequence[Arm], looks: Sequence[Style]) -> Iterator[Picture]:
+    """Load of each expert in the final evaluation: a row per arm and evaluation mode, a column per layer."""
+    rows: list[tuple[str, dict[str, Any]]] = []
+    for arm, look in zip(arms, looks, strict=True):
+        for mode in arm.modes if arm.sparse else []:
+            stage = f"{stage_of(arm, mode)}_pass"
+            label = f"{arm.label}, {mode}" if len(arm.modes) > 1 else arm.label
+            shares = {
+                layer: np.mean(
+                    [relative(run, stage, layer) for run in arm.runs if layer in run.counts.get(stage, {})], 0
+                )
+                for layer in arm.first.counts.get(stage, {})
+            }
+            rows += [(label, {layer: (found, look.color) for layer, found in shares.items()})] * bool(shares)
+    for part, figure, drawn in panels(rows, sharey=True):
+        for axes, ((demand_E, load_E), color) in drawn:
+            experts = np.arange(len(load_E))
+            axes.bar(experts, load_E, color=color, width=0.8)
+            axes.bar(experts, demand_E - load_E, bottom=load_E, color="white", edgecolor=color, width=0.75)
+            axes.axhline(1, color="#444444", lw=1)
+            axes.grid(axis="x", visible=False)
+            axes.set_xticks(experts if len(experts) <= 8 else experts[:: len(experts) // 8])
+        figure.supxlabel("expert", fontsize=11)
+        figure.supylabel("tokens / even share", fontsize=11)
+        title = f"Load per expert in evaluation{part.replace('_', ' ')}"
+        yield render(f"load_bars{part}", title, CAPTIONS["load_bars"], figure)
+
+
+def load_heatmaps(arms: Sequence[Arm]) -> Iterator[Picture]:
+    """Demand over training: a row per arm, a column per layer, experts over logged steps."""
+    found = [(arm.label, arm.first.counts.get("train_step", {})) for arm in arms if arm.sparse]
+    rows = [(label, layers) for label, layers in found if layers]
+    seed = f" Seed {arms[0].seeds[0]} of {len(arms[0].seeds)}." if len(arms[0].seeds) > 1 else ""
+    for part, figure, drawn in panels(rows):
+        for axes, counts in drawn:
+            image = heatmap(axes, (counts.demand / np.maximum(counts.demand.mean(1, keepdims=True), 1e-9)).T)
+            shown = np.unique(np.linspace(0, len(counts.steps) - 1, min(5, len(counts.steps))).astype(int))
+            axes.set_xticks(shown, [str(counts.steps[i]) for i in shown])
+            axes.set_yticks(sorted({0, counts.demand.shape[1] - 1}))
+        figure.supxlabel("step", fontsize=11)
+        figure.supylabel("expert", fontsize=11)
+        shrink = min(1.0, 2 / len(rows))
+        figure.colorbar(image, ax=figure.axes, label="demand / even share", extend="max", shrink=shrink)
+        title = f"Demand per expert over training{part.replace('_', ' ')}"
+        yield render(f"load_over_time{part}", title, CAPTIONS["load_over_time"] + seed, figure)
+
+
+def drops_by_position(arms: Sequence[Arm], looks: Sequence[Style]) -> Iterator[Picture]:
+    """Drop rate against the place in the routing group, in training and in evaluation, for arms that drop."""
+    figure = Figure(figsize=(7.6, 3.6), layout="constrained")
+    grid = figure.subplots(1, 2, sharey=True)
+    dropping: dict[str, Any] = {}
+    for axes, stage, title in zip(grid, ("train_step", "final_pass"), ("training", "evaluation"), strict=True):
+        for arm, look in zip(arms, looks, strict=True):
+            counts = [layer for run in arm.runs for layer in run.drops.get(stage, {}).values()]
+            asked_N, dropped_N = np.sum(counts, 0) if counts else np.zeros((2, 1))
+            if dropped_N.any():
+                x, share_N = (np.arange(len(asked_N)) + 0.5) / len(asked_N), dropped_N / np.maximum(asked_N, 1)
+                dropping[arm.label] = axes.plot(100 * x, 100 * share_N, ms=4, **look.of_line)[0]
+        axes.set_title(title, fontsize=11, loc="left")
+        axes.set_xlabel("place in the routing group [%]")
+        axes.set_ylim(bottom=0)
+    if dropping:
+        grid[0].set_ylabel("dropped [%]")
+        across = legend_columns([arm.label for arm in arms])
+        figure.legend(dropping.values(), dropping, loc="outside lower center", frameon=False, ncols=across)
+        yield render("drops_by_position", "Drops by position", CAPTIONS["drops_by_position"], figure)
+
+
+def time_bars(arms: Sequence[Arm]) -> Iterator[Picture]:
+    """The parts of a training step in milliseconds: a bar per arm."""
+    times = {
+        arm.label: [1e3 * (mean(arm, measures.logged(f"train_time/{phase}", 1)) or 0.0) for phase in measures.PHASES]
+        for arm in arms
+    }
+    shown = {label: taken for label, taken in times.items() if any(taken)}
+    if not shown:
+        return
+    figure = Figure(figsize=(7.6, 1.4 + 0.34 * len(shown)), layout="constrained")
+    axes = figure.subplots()
+    left = np.zeros(len(shown))
+    for (phase, color), width in zip(measures.PHASES.items(), np.array(list(shown.values())).T, strict=True):
+        axes.barh(list(shown), width, left=left, color=color, label=phase.replace("_", " "), height=0.7)
+        left += width
+    axes.invert_yaxis()
+    axes.grid(axis="y", visible=False)
+    axes.set_xlabel("time of a training step [ms]")
+    figure.legend(loc="outside lower center", frameon=False, ncols=4, fontsize=10)
+    yield render("step_time", "Where the time of a step goes", CAPTIONS["step_time"], figure)
+
+
+def relative(run: Run, stage: str, layer: str) -> np.ndarray:
+    """Demand and load of the last pass relative to an even share of the demand, [2, E]."""
+    counts = run.counts[stage][layer]
+    both_2E = np.stack([counts.demand[-1], counts.load[-1]]).astype(float)
+    relative_2E: np.ndarray = both_2E / max(both_2E[0].mean(), 1e-9)
+    return relative_2E

@@ -1,4 +1,7 @@
-"""The numbers of an arm: what each is called, where it is read, and how it is written."""
+"""The numbers of an arm: what each is called, where it is read, and how it is written.
+
+Shapes: S validations.
+"""
 
 import math
 from collections.abc import Callable, Sequence
@@ -8,6 +11,7 @@ import numpy as np
 
 from lightning_base.report.fairness import Arm
 from lightning_base.report.read import Run
+from lightning_base.report.speed import speed
 from lightning_base.report.statistics import margin
 
 DASH = "–"
@@ -24,11 +28,13 @@ class Measure:
     read: Reader
     form: Form
 
+    def cell(self, arm: Arm) -> str:
+        return cell(arm, self.read, self.form)
+
 
 def by_seed(arm: Arm, read: Reader) -> dict[int, float]:
     """A number for every seed that has it."""
-    found = {run.seed: read(run) for run in arm.runs}
-    return {seed: value for seed, value in found.items() if value is not None}
+    return {run.seed: value for run in arm.runs if (value := read(run)) is not None}
 
 
 def mean(arm: Arm, read: Reader) -> float | None:
@@ -63,25 +69,17 @@ def last(name: str) -> Reader:
     return lambda run: run.last(name)
 
 
-def logged(name: str) -> Reader:
-    """The mean over all logged steps."""
-    return lambda run: run.mean(name)
+def logged(name: str, after: int = 0) -> Reader:
+    """The mean over logged steps, ``after`` the first for times: it holds the warm-up."""
+    return lambda run: run.mean(name, after)
 
 
-def steady(name: str) -> Reader:
-    """The mean over logged steps after the first, which holds the warm-up; of the first if there is no other."""
-
-    def read(run: Run) -> float | None:
-        series = run.series.get(name)
-        return (
-            None if series is None else float(np.mean(series.values[1:] if len(series.values) > 1 else series.values))
-        )
-
-    return read
+def thousand(read: Reader) -> Reader:
+    """A number in thousandths of its unit."""
+    return lambda run: None if (value := read(run)) is None else 1000 * value
 
 
 final_loss = field("result", "final/loss")
-bits_per_byte = field("result", "final/bits_per_byte")
 unigram_entropy = field("corpus", "unigram_entropy")
 
 
@@ -91,46 +89,61 @@ def under_unigram(run: Run) -> float | None:
     return None if entropy is None or loss is None else entropy - loss
 
 
-def windows(run: Run) -> np.ndarray:
-    """Tokens per second of the log windows after the first, which holds the first step and its warm-up."""
-    series = run.series.get("train/tokens_per_second")
-    return np.array([]) if series is None else series.values[1:]
-
-
-def speed(run: Run) -> float | None:
-    found = windows(run)
-    return float(np.median(found)) if len(found) else None
-
-
-def pooled_windows(arm: Arm) -> np.ndarray:
-    return np.concatenate([windows(run) for run in arm.runs])
-
-
-def speed_cell(arm: Arm) -> str:
-    """The median of all windows of all seeds, with quartiles where there are several windows."""
-    found = pooled_windows(arm)
-    if not len(found):
-        return DASH
-    low, middle, high = np.quantile(found, (0.25, 0.5, 0.75))
-    return whole(middle) + (f" ({whole(low)} to {whole(high)})" if len(found) > 1 else "")
-
-
 def drop_rate(run: Run) -> float | None:
     asked = run.manifest["assignments"]
     return run.manifest["assignments_dropped"] / asked if asked else None
 
 
-def number(digits: int) -> Form:
-    return lambda value: f"{value:.{digits}f}" if math.isfinite(value) else str(value)
+# Quality at equal cost: the validation curve of a run, read between its points.
+CURVE = "validation/loss"
+COSTS = ("steps", "FLOPs", "time")
+
+
+def flops_until(run: Run, steps: np.ndarray) -> np.ndarray:
+    """FLOPs spent until each step: steps * tokens per step * FLOPs per token."""
+    return steps * (run.manifest["tokens"] / run.manifest["steps"]) * float(run.ledger["flops_per_token"])
+
+
+def cost(run: Run, name: str) -> np.ndarray:
+    """[S] what each validation had cost until then, in optimizer steps, FLOPs or seconds of training."""
+    curve = run.series[CURVE]
+    return {"steps": curve.steps, "FLOPs": flops_until(run, curve.steps), "time": curve.seconds}[name]
+
+
+def validated(arms: Sequence[Arm]) -> list[Run]:
+    return [run for arm in arms for run in arm.runs if CURVE in run.series]
+
+
+def loss_at(name: str, spent: float) -> Reader:
+    """The validation loss when so much was spent, between two validations linearly; none before the first."""
+
+    def read(run: Run) -> float | None:
+        before = CURVE not in run.series or spent < cost(run, name)[0]
+        return None if before else float(np.interp(spent, cost(run, name), run.series[CURVE].values))
+
+    return read
+
+
+def seconds_to(loss: float) -> Reader:
+    """Seconds of training until the curve first is at a loss or below, between two validations linearly.
+
+    None for a run that never is, or that is below at its first validation already.
+    """
+
+    def read(run: Run) -> float | None:
+        curve = run.series.get(CURVE)
+        if curve is None or curve.values.min() > loss or curve.values[0] < loss:
+            return None
+        i = int(np.flatnonzero(curve.values <= loss)[0])
+        part = slice(max(i - 1, 0), i + 1)
+        return float(np.interp(-loss, -curve.values[part], curve.seconds[part]))
+
+    return read
 
 
 def signed(value: float) -> str:
     """A difference in nats: +0.0123 or −0.0123."""
     return f"{value:+.4f}".replace("-", "−")
-
-
-def whole(value: float) -> str:
-    return f"{value:,.0f}"
 
 
 def short_count(value: float) -> str:
@@ -145,63 +158,70 @@ def percent(value: float) -> str:
     return f"{100 * value:.2f} %"
 
 
-def plain(value: float) -> str:
-    return f"{value:g}"
-
-
-QUALITY, COST, ROUTING = "Quality on held-out text", "Cost", "Routing in training"
-ROUTED = (
-    Measure("drop rate", "training", drop_rate, percent),
-    Measure("max_vio", "training", logged("train_group/max_vio/load/mean"), number(3)),
-    Measure("max_vio", "evaluation", last("final_pass/max_vio/load/mean"), number(3)),
-)
+ONE, TWO, THREE, FOUR = (f"{{:.{digits}f}}".format for digits in (1, 2, 3, 4))
+WHOLE, PLAIN = "{:,.0f}".format, "{:g}".format
+QUALITY, COST, ROUTING, STEP = "Quality on held-out text", "Cost", "Routing in training", "training, one step"
+LOSS = Measure("validation loss", QUALITY, final_loss, FOUR)
+BITS = Measure("bits per byte", QUALITY, field("result", "final/bits_per_byte"), FOUR)
 FULL = (
-    Measure("validation loss", QUALITY, final_loss, number(4)),
-    Measure("under unigram", QUALITY, under_unigram, number(3)),
-    Measure("perplexity", QUALITY, field("result", "final/perplexity"), number(1)),
-    Measure("bits per byte", QUALITY, bits_per_byte, number(4)),
-    Measure("tokens/s", "Speed", speed, whole),
+    LOSS,
+    Measure("under unigram", QUALITY, under_unigram, THREE),
+    Measure("perplexity", QUALITY, field("result", "final/perplexity"), ONE),
+    BITS,
+    Measure("tokens/s", "Speed", speed, WHOLE),
     Measure("active parameters", COST, field("ledger", "active_parameters"), short_count),
     Measure("total parameters", COST, field("ledger", "parameters"), short_count),
     Measure("FLOPs/token", COST, field("ledger", "flops_per_token"), short_count),
-    Measure("experts", ROUTING, field("ledger", "num_experts"), plain),
-    Measure("k", ROUTING, field("ledger", "top_k"), plain),
-    Measure("capacity factor", ROUTING, field("ledger", "capacity_factor"), plain),
-    Measure("tokens", ROUTING, field("", "tokens"), whole),
-    Measure("dropped", ROUTING, field("", "assignments_dropped"), whole),
+    Measure("experts", ROUTING, field("ledger", "num_experts"), PLAIN),
+    Measure("k", ROUTING, field("ledger", "top_k"), PLAIN),
+    Measure("capacity factor", ROUTING, field("ledger", "capacity_factor"), PLAIN),
+    Measure("tokens", ROUTING, field("", "tokens"), WHOLE),
+    Measure("dropped", ROUTING, field("", "assignments_dropped"), WHOLE),
     Measure("drop rate", ROUTING, drop_rate, percent),
+)
+ROUTED = (
+    Measure("drop rate", "training", drop_rate, percent),
+    Measure("max_vio", "training", logged("train_group/max_vio/load/mean"), THREE),
+    Measure("max_vio", "evaluation", last("final_pass/max_vio/load/mean"), THREE),
 )
 LEAK = tuple(
     Measure(heading, f"routed as in {stage}", field("result", f"final_causality/leak_{stage}_{way}/max"), percent)
     for stage in ("training", "evaluation")
     for way, heading in (("expert", "chosen"), ("weight", "gates"), ("drop", "drops"), ("any", "any"))
 )
-PHASES = (
-    "router",
-    "assignment",
-    "dispatch",
-    "experts",
-    "combine",
-    "other_forward",
-    "waiting",
-    "backward_and_optimizer",
-)
+# The parts of a step with their colours: those of the sparse layers first.
+PHASES = {
+    "router": "#0072B2",
+    "assignment": "#56B4E9",
+    "dispatch": "#009E73",
+    "experts": "#D55E00",
+    "combine": "#E69F00",
+    "other_forward": "#BBBBBB",
+    "waiting": "#CC79A7",
+    "backward_and_optimizer": "#777777",
+}
+NAMES = {phase: phase.replace("_", " ") for phase in PHASES} | {"experts": "expert networks"}
 TIME = tuple(
-    Measure(
-        "expert networks" if phase == "experts" else phase.replace("_", " "),
-        "share of a training step",
-        steady(f"train_time/share_{phase}"),
-        percent,
-    )
+    Measure(NAMES[phase], "share of a training step", logged(f"train_time/share_{phase}", 1), percent)
     for phase in PHASES
 )
-STEP = "training, one step"
 COMPUTE = (
-    Measure("idle, over processes", STEP, steady("train_step/idle_fraction/mean"), percent),
-    Measure("idle, over experts", STEP, steady("train_step/idle_fraction_experts/mean"), percent),
-    Measure("batched padding", STEP, steady("train_micro_batch/batched_padding/mean"), percent),
-    Measure("empty slots", STEP, steady("train_step/capacity_padding/mean"), percent),
+    Measure("idle, over processes", STEP, logged("train_step/idle_fraction/mean", 1), percent),
+    Measure("idle, over experts", STEP, logged("train_step/idle_fraction_experts/mean", 1), percent),
+    Measure("batched padding", STEP, logged("train_micro_batch/batched_padding/mean", 1), percent),
+    Measure("empty slots", STEP, logged("train_step/capacity_padding/mean", 1), percent),
     Measure("idle, over experts", "evaluation", last("final_pass/idle_fraction_experts/mean"), percent),
-    Measure("idle time, over processes", "measured", steady("train_time/idle_fraction"), percent),
+    Measure("idle time, over processes", "measured", logged("train_time/idle_fraction", 1), percent),
 )
-ALL: Sequence[Measure] = (*FULL, *ROUTED[1:], *LEAK, *TIME, *COMPUTE)
+SENT, EXCHANGE = "bytes of a sparse layer, a step and a process", "time of the exchange"
+COMMUNICATION = (
+    Measure("sent", SENT, logged("communication/bytes/mean", 1), short_count),
+    Measure("busiest process", SENT, logged("communication/busiest_rank/max", 1), THREE),
+    Measure("largest message", SENT, logged("communication/largest_message/max", 1), short_count),
+    Measure("uneven dispatch", SENT, logged("communication/uneven_dispatch/max", 1), THREE),
+    Measure("ms a layer", EXCHANGE, thousand(logged("communication/seconds/mean", 1)), TWO),
+    Measure("ms for the slowest", EXCHANGE, thousand(logged("communication/waiting/mean", 1)), TWO),
+    Measure("share of the step", EXCHANGE, logged("communication/share", 1), percent),
+    Measure("gradients", "computed", field("communication", "gradient_bytes_computed"), short_count),
+)
+ALL: Sequence[Measure] = (*FULL, *ROUTED[1:], *LEAK, *TIME, *COMPUTE, *COMMUNICATION)

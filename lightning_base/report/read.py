@@ -1,6 +1,6 @@
 """Reads run directories: what every job of an experiment left behind.
 
-Shapes: S recorded steps, E experts, R rows.
+Shapes: S recorded steps, E experts, N bins, R rows.
 """
 
 import csv
@@ -17,10 +17,6 @@ from lightning_base.run_directory import RunDirectory, read_json
 
 class ReportError(Exception):
     """There is nothing that could be reported; one sentence says why."""
-
-
-class UnreadableError(Exception):
-    """A file of a run that cannot be used; one sentence names it."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +39,10 @@ class Counts:
 
 @dataclass(frozen=True)
 class Run:
-    """One finished job: its manifest, its configuration, its scalars by name, its counts by stage and layer."""
+    """One finished job: its manifest, its configuration, its scalars by name, its counts by stage and layer.
+
+    ``drops`` are assignments asked for and dropped by place in the routing group, [2, N], by stage and layer.
+    """
 
     path: Path
     label: str
@@ -54,7 +53,6 @@ class Run:
     series: dict[str, Series]
     counts: dict[str, dict[str, Counts]]
     drops: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
-    """Assignments asked for and dropped by place in the routing group, [2, N bins], by stage and layer."""
 
     @property
     def name(self) -> str:
@@ -66,18 +64,22 @@ class Run:
         return found
 
     @property
+    def certificate(self) -> dict[str, Any]:
+        """What the run was: the manifest without what it was told, what it spent and what came out."""
+        return {key: value for key, value in self.manifest.items() if key not in ("config", "ledger", "result")}
+
+    @property
     def seed(self) -> int:
         return int(self.manifest["seed"])
 
     def last(self, name: str) -> float | None:
         """The last value of a scalar, or None if it was never written."""
-        series = self.series.get(name)
-        return None if series is None else float(series.values[-1])
+        return float(self.series[name].values[-1]) if name in self.series else None
 
-    def mean(self, name: str) -> float | None:
-        """The mean of a scalar over all recorded steps, or None."""
-        series = self.series.get(name)
-        return None if series is None else float(series.values.mean())
+    def mean(self, name: str, after: int = 0) -> float | None:
+        """The mean of a scalar over all recorded steps, or those ``after`` some, if there are more; or None."""
+        values = self.series[name].values if name in self.series else np.array([])
+        return float(values[after if len(values) > after else 0 :].mean()) if len(values) else None
 
 
 @dataclass(frozen=True)
@@ -110,33 +112,41 @@ def read_experiment(*directories: Path) -> Experiment:
     for directory in dict.fromkeys(directories):
         if not directory.is_dir():
             raise ReportError(f"{directory} is not a directory: give one that runs have been written to")
-        before = len(found.runs) + len(found.left_out)
-        for path, label in list_jobs(directory, found.left_out):
+        jobs = list_jobs(directory, found.left_out)
+        for path, label in jobs.items():
             job = read_job(path, label)
             found.runs.append(job) if isinstance(job, Run) else found.left_out.append(job)
-        if before == len(found.runs) + len(found.left_out):
+        if not jobs:
             deeper = sorted({path.parent.parent.name for path in directory.glob("*/*/status.json")})
             hint = f"its folders {', '.join(deeper[:8])} do" if deeper else "runs are folders with a status.json"
             found.left_out.append(LeftOut(directory.name, str(directory), "empty", f"it holds no run; {hint}"))
     return found
 
 
-def list_jobs(directory: Path, left_out: list[LeftOut]) -> list[tuple[Path, str]]:
+def list_jobs(directory: Path, left_out: list[LeftOut]) -> dict[Path, str]:
     """The jobs of an experiment with their labels: those of its sweep in order, then any others by name."""
     if (directory / "status.json").exists():
-        return [(directory, directory.resolve().name)]
-    swept: dict[str, str] = {}
+        return {directory: directory.resolve().name}
+    labels: dict[str, str] = {}
     try:
-        labels = read_json(directory / "sweep.json").get("jobs", {})
-        swept = {str(name): printable(str(label)) for name, label in labels.items()}
-    except (ValueError, AttributeError, OSError) as error:
+        # A name in sweep.json is a folder right here, whatever a hand may have written into the file.
+        sweep = read_json(directory / "sweep.json")
+        jobs = {**sweep.get("earlier", {}), **sweep.get("jobs", {})}
+        labels = {Path(str(name)).name: printable(str(label)) for name, label in jobs.items()}
+    except (ValueError, TypeError, OSError) as error:
         left_out.append(LeftOut("sweep.json", "sweep.json", "unreadable", f"runs have the names of folders: {error}"))
-    # A job that was killed before it could say anything has its configuration.
-    marks = ("status.json", "manifest.json", ".hydra/config.yaml")
-    folders = sorted(path for path in directory.iterdir() if path.is_dir() and not path.name.startswith("."))
-    others = [path.name for path in folders if path.name not in swept and any((path / name).exists() for name in marks)]
-    # A name in sweep.json is a folder right here, whatever a hand may have written into the file.
-    return [(directory / Path(name).name, swept.get(name, name)) for name in [*swept, *others]]
+    for path in sorted(path for path in directory.iterdir() if path.is_dir() and not path.name.startswith(".")):
+        # A job that was killed before it could say anything has its configuration.
+        if any((path / name).exists() for name in ("status.json", "manifest.json", ".hydra/config.yaml")):
+            labels.setdefault(path.name, path.name)
+    return {directory / name: label for name, label in labels.items()}
+
+
+WHY = {
+    "running": "it is running on another machine, or was killed without a word",
+    "preempted": "it was stopped and can be resumed",
+    "not started": "there is no status.json",
+}
 
 
 def read_job(path: Path, label: str) -> Run | LeftOut:
@@ -155,71 +165,45 @@ def read_job(path: Path, label: str) -> Run | LeftOut:
             status=status,
             manifest=required(path / "manifest.json", read_json),
             config=required(job.config, read_yaml),
-            overrides=read_overrides(job.config.with_name("overrides.yaml")),
+            overrides=[str(item) for item in read_yaml(job.config.with_name("overrides.yaml")) or []],
             series=read_series(path / "metrics.csv"),
             counts=read_counts(path / "expert_load.csv"),
             drops=read_drops(path / "drop_by_position.csv"),
         )
-    except UnreadableError as error:
-        return LeftOut(path.name, label, "refused", str(error))
-    except (OSError, ValueError) as error:
-        return LeftOut(path.name, label, "refused", f"it cannot be read: {error}")
-
-
-def printable(text: str) -> str:
-    """Without control characters: what a file holds must not move a terminal's cursor, and no font can draw them."""
-    return "".join(c for c in text if c.isprintable() or c == "\n")
-
-
-WHY = {
-    "running": "it is running on another machine, or was killed without a word",
-    "preempted": "it was stopped and can be resumed",
-    "not started": "there is no status.json",
-}
+    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+        return LeftOut(path.name, label, "refused", f"it cannot be read: {' '.join(str(error).split())}")
 
 
 def required(path: Path, read: Callable[[Path], Any]) -> dict[str, Any]:
     """A mapping from a file of JSON or YAML."""
     try:
         found = read(path)
-    except FileNotFoundError:
-        found = None
     except (ValueError, yaml.YAMLError) as error:
-        raise UnreadableError(f"{path.name} cannot be read ({' '.join(str(error).split())})") from error
+        raise ValueError(f"{path.name} is damaged ({error})") from error
     if not found or not isinstance(found, dict):
-        raise UnreadableError(f"{path.name} is missing, empty or no mapping")
+        raise ValueError(f"{path.name} is missing, empty or no mapping")
     return found
 
 
 def read_yaml(path: Path) -> Any:
-    return yaml.safe_load(path.read_text())
-
-
-def read_overrides(path: Path) -> list[str]:
-    """What was typed for this job; nothing depends on it, so a file that is not there is no mistake."""
-    try:
-        found = read_yaml(path)
-    except (OSError, ValueError, yaml.YAMLError):
-        return []
-    return [str(item) for item in found] if isinstance(found, list) else []
+    return yaml.safe_load(path.read_text()) if path.exists() else None
 
 
 def read_series(path: Path) -> dict[str, Series]:
     """Every scalar of metrics.csv by name."""
-    rows: dict[str, list[tuple[int, float, float]]] = {}
-    for row in read_rows(path, ("step", "seconds", "name", "value")):
-        rows.setdefault(row[2], []).append((int(row[0]), float(row[1]), float(row[3])))
-    return {name: Series(*(np.array(column) for column in zip(*found, strict=True))) for name, found in rows.items()}
+    found: dict[str, list[tuple[int, float, float]]] = {}
+    for step, seconds, name, value in read_rows(path, "step,seconds,name,value"):
+        found.setdefault(name, []).append((int(step), float(seconds), float(value)))
+    return {name: Series(*map(np.array, zip(*rows, strict=True))) for name, rows in found.items()}
 
 
 def read_counts(path: Path) -> dict[str, dict[str, Counts]]:
     """The counts of expert_load.csv by stage and layer."""
     found: dict[str, dict[str, Counts]] = {}
-    for stage, layer, rows_R4 in grouped(path, ("step", "stage", "layer", "expert", "demand", "load")):
+    for stage, layer, rows_R4 in grouped(path, "step,stage,layer,expert,demand,load"):
         steps, experts = np.unique(rows_R4[:, 0]), np.unique(rows_R4[:, 1])
-        places = np.stack(np.meshgrid(steps, np.arange(len(experts)), indexing="ij"), -1).reshape(-1, 2)
-        if not np.array_equal(rows_R4[:, :2], places):
-            raise UnreadableError(f"expert_load.csv lacks rows of {stage}, {layer}")
+        if [tuple(row) for row in rows_R4[:, :2].tolist()] != [(s, e) for s in steps for e in range(len(experts))]:
+            raise ValueError(f"{path.name} lacks rows of {stage}, {layer}")
         demand_SE, load_SE = rows_R4[:, 2:].T.reshape(2, len(steps), len(experts))
         found.setdefault(stage, {})[layer] = Counts(steps, demand_SE, load_SE)
     return found
@@ -228,15 +212,13 @@ def read_counts(path: Path) -> dict[str, dict[str, Counts]]:
 def read_drops(path: Path) -> dict[str, dict[str, np.ndarray]]:
     """The counts of drop_by_position.csv, summed over steps, by stage and layer; {} if the file is not there."""
     found: dict[str, dict[str, np.ndarray]] = {}
-    if path.exists():
-        for stage, layer, rows_R4 in grouped(path, ("step", "stage", "layer", "bin", "asked", "dropped")):
-            places = np.unique(rows_R4[:, 1])
-            sums = [rows_R4[rows_R4[:, 1] == place, 2:].sum(0) for place in places]
-            found.setdefault(stage, {})[layer] = np.stack(sums, 1)
+    for stage, layer, rows_R4 in grouped(path, "step,stage,layer,bin,asked,dropped") if path.exists() else ():
+        sums = [rows_R4[rows_R4[:, 1] == place, 2:].sum(0) for place in np.unique(rows_R4[:, 1])]
+        found.setdefault(stage, {})[layer] = np.stack(sums, 1)
     return found
 
 
-def grouped(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[str, str, np.ndarray]]:
+def grouped(path: Path, columns: str) -> Iterator[tuple[str, str, np.ndarray]]:
     """The whole numbers of a file by stage and layer, each group in the order of steps and places."""
     found: dict[tuple[str, str], list[list[int]]] = {}
     for step, stage, layer, *numbers in read_rows(path, columns):
@@ -245,14 +227,31 @@ def grouped(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[str, str, np
         yield stage, layer, np.array(sorted(rows))
 
 
-def read_rows(path: Path, columns: tuple[str, ...]) -> list[list[str]]:
+def read_rows(path: Path, columns: str) -> list[list[str]]:
     try:
         with open(path, newline="") as file:
-            rows = list(csv.reader(file))
+            heading, *rows = list(csv.reader(file)) or [[]]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UnreadableError(f"{path.name} cannot be read ({type(error).__name__})") from error
-    if not rows or tuple(rows[0]) != columns:
-        raise UnreadableError(f"{path.name} does not begin with the columns {','.join(columns)}")
-    if any(len(row) != len(columns) for row in rows):
-        raise UnreadableError(f"{path.name} has a row that is cut short")
-    return rows[1:]
+        raise ValueError(f"{path.name} is missing or damaged ({type(error).__name__})") from error
+    if heading != columns.split(","):
+        raise ValueError(f"{path.name} does not begin with the columns {columns}")
+    if any(len(row) != len(heading) for row in rows):
+        raise ValueError(f"{path.name} has a row that is cut short")
+    return rows
+
+
+def flatten(node: Any, prefix: str = "") -> dict[str, Any]:
+    """A nested configuration as dotted keys with plain values; an empty mapping leaves no key.
+
+    >>> flatten({"trainer": {"devices": 1}, "seed": 3})
+    {'trainer.devices': 1, 'seed': 3}
+    """
+    if not isinstance(node, dict):
+        return {prefix: node}
+    dotted = f"{prefix}." if prefix else ""
+    return {name: leaf for key, value in node.items() for name, leaf in flatten(value, f"{dotted}{key}").items()}
+
+
+def printable(text: str) -> str:
+    """Without control characters: what a file holds must not move a terminal's cursor, and no font can draw them."""
+    return "".join(c for c in text if c.isprintable() or c == "\n")

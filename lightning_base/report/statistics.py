@@ -12,19 +12,14 @@ import numpy as np
 from scipy import stats
 
 CONFIDENCE = 0.95
-RESAMPLES = 9999
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean over N seeds: with one seed only the mean is known, and the rest is nan.
+    """The mean of N ``values`` with its t interval from ``low`` to ``high``; with one seed all but the mean is nan.
 
-    Args:
-        mean: of the N numbers.
-        low, high: the t interval around the mean.
-        spread: sample standard deviation between seeds.
-        p: two-sided probability of a mean this far from zero or farther, if the true one is zero (t test).
-        values: the N numbers.
+    ``spread`` is the sample standard deviation between seeds, ``p`` the two-sided probability of a mean this far from
+    zero or farther, if the true one is zero (t test).
     """
 
     mean: float
@@ -53,17 +48,15 @@ class Interval:
         """1 or -1 if the t interval is above or below zero, 0 if it holds zero or there is none."""
         return int(self.low > 0) - int(self.high < 0)
 
-    def bootstrap(self, confidence: float = CONFIDENCE) -> tuple[float, float]:
+    def bootstrap(self) -> tuple[float, float]:
         """The percentile interval of the means of N numbers drawn again with replacement; takes milliseconds."""
         if not self.spread > 0:
             return self.low, self.high
-        drawn = stats.bootstrap(
-            (self.values,), np.mean, confidence_level=confidence, n_resamples=RESAMPLES, method="percentile", rng=0
-        ).confidence_interval
-        return float(drawn.low), float(drawn.high)
+        found = stats.bootstrap((self.values,), np.mean, method="percentile", rng=0)
+        return float(found.confidence_interval.low), float(found.confidence_interval.high)
 
 
-def interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Interval:
+def interval(values: Sequence[float]) -> Interval:
     """The mean of one number per seed with its intervals.
 
     Raises:
@@ -77,9 +70,9 @@ def interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Interva
         return Interval(mean, math.nan, math.nan, math.nan, math.nan, kept)
     spread = float(found.std(ddof=1))
     if spread == 0.0:
-        return Interval(mean, mean, mean, 0.0, 1.0 if mean == 0.0 else 0.0, kept)
+        return Interval(mean, mean, mean, 0.0, float(mean == 0.0), kept)
     error, student = spread / math.sqrt(len(found)), stats.t(len(found) - 1)
-    half = float(student.ppf((1 + confidence) / 2)) * error
+    half = float(student.ppf((1 + CONFIDENCE) / 2)) * error
     return Interval(mean, mean - half, mean + half, spread, 2 * float(student.sf(abs(mean) / error)), kept)
 
 
@@ -88,11 +81,11 @@ def margin(values: Sequence[float]) -> float:
     return interval(values).margin if all(map(math.isfinite, values)) else math.nan
 
 
-def paired(one: Sequence[float], other: Sequence[float], confidence: float = CONFIDENCE) -> Interval:
+def paired(one: Sequence[float], other: Sequence[float]) -> Interval:
     """The mean of ``one - other``, seed by seed, with its intervals; both have a number for each seed, in one order."""
     if len(one) != len(other):
         raise ValueError(f"paired differences need the same seeds: {len(one)} and {len(other)} numbers")
-    return interval([a - b for a, b in zip(one, other, strict=True)], confidence)
+    return interval([a - b for a, b in zip(one, other, strict=True)])
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -6,173 +6,173 @@ metrics and the counts that were written while the run went on: a run whose file
 
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-from lightning_base.report.flat import flatten
-from lightning_base.report.read import Run
+from lightning_base.report.read import Experiment, LeftOut, Run, flatten, read_experiment
 from lightning_base.run_directory import RunDirectory
 
 FINGERPRINTS = {"corpus_fingerprint": 64, "batch_fingerprint": 32, "initial_weights_fingerprint": 64}
-COUNTS = ("steps", "sequences", "tokens", "assignments", "assignments_dropped", "world_size")
+COUNTS = ("seed", "steps", "sequences", "tokens", "assignments", "assignments_dropped", "world_size")
 LEDGER = ("num_experts", "top_k", "parameters", "active_parameters", "flops_per_token")
+PARTS = {"config": dict, "packages": dict, "result": dict, "ledger": dict, "device": str}
 # Values pass through float32 on their way to the files; what a hand changes is larger.
 TOLERANCE = 1e-5
+# A field, what it is, what it should be, and who says that; only those where the two differ speak against a run.
+Findings = Iterator[tuple[str, Any, Any, str]]
+IN_CONFIG, IN_METRICS = "in manifest.json and {!r} in .hydra/config.yaml", "in manifest.json and {!r} in metrics.csv"
+
+
+def sound_runs(*directories: Path) -> Experiment:
+    """Reads experiments; runs whose files contradict each other are among those left out.
+
+    Raises:
+        ReportError: a directory is not there.
+    """
+    experiment = read_experiment(*directories)
+    sound: list[Run] = []
+    for run in experiment.runs:
+        try:
+            found = problems(run)
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            found = [f"its files are not of the form a run writes ({type(error).__name__}: {error})"]
+        if found:
+            experiment.left_out.append(LeftOut(run.name, run.label, "refused", "; ".join(found)))
+        else:
+            sound.append(run)
+    return replace(experiment, runs=sound)
 
 
 def problems(run: Run) -> list[str]:
     """What speaks against the manifest of a run, one sentence per field; empty if nothing does."""
-    malformed = list(check_form(run.manifest))
-    if malformed:
+    if malformed := list(check_form(run.manifest)):
         return malformed
-    checks: tuple[Callable[[Run], Iterator[str]], ...] = (
-        check_seal,
-        check_config,
-        check_ledger,
-        check_totals,
-        check_result,
-        check_counts,
-        check_balance,
-    )
-    return [sentence for check in checks for sentence in check(run)]
+    sealed = run.status.get("manifest_sha256") == RunDirectory(run.path).seal()
+    broken = "manifest.json is not what it was when the run ended: its SHA-256 is not manifest_sha256 in status.json"
+    return [broken] * (not sealed) + [
+        f"{name} is {here!r} {said.format(there)}"
+        for check in (check_config, check_ledger, check_totals, check_result, check_counts, check_balance)
+        for name, here, there, said in check(run)
+        if not (here is there or here == there)
+    ]
 
 
 def check_form(manifest: dict[str, Any]) -> Iterator[str]:
     """Whether every field is there and looks as the trainer writes it."""
+    if missing := [name for name, kind in PARTS.items() if not isinstance(manifest.get(name), kind)]:
+        yield f"{', '.join(missing)} in manifest.json: missing, or of another form"
+        return
+    ledger, result = manifest["ledger"], {"final/loss": None, **manifest["result"]}
+    modes, causal = ledger.get("evaluation_modes"), ledger.get("causal_in_training")
+    ways = isinstance(modes, dict) and bool(modes) and all(isinstance(way, bool) for way in modes.values())
+    fields: list[tuple[str, Any, bool, str]] = [
+        *(
+            (name, x := manifest.get(name), is_number(x) and isinstance(x, int) and x >= 0, "a count")
+            for name in COUNTS
+        ),
+        *((f"ledger.{n}", x := ledger.get(n), is_number(x) and 0 < x < math.inf, "a number above 0") for n in LEDGER),
+        *((f"result.{name}", value, is_number(value), "a number") for name, value in result.items()),
+        ("ledger.evaluation_modes", modes, ways, "the ways of evaluating, each causal or not"),
+        ("ledger.causal_in_training", causal, isinstance(causal, bool), "true or false"),
+        ("ledger.router", ledger.get("router"), isinstance(ledger.get("router"), str), "a name"),
+    ]
     for name, length in FINGERPRINTS.items():
-        value = manifest.get(name)
-        if not (isinstance(value, str) and re.fullmatch(f"[0-9a-f]{{{length}}}", value)):
-            yield f"{name} in manifest.json is not {length} hexadecimal digits: {value!r}"
-    for name in (*COUNTS, "seed"):
-        if not is_count(manifest.get(name)):
-            yield f"{name} in manifest.json is not a count: {manifest.get(name)!r}"
-    for name, kind in {"config": dict, "packages": dict, "result": dict, "ledger": dict, "device": str}.items():
-        if not isinstance(manifest.get(name), kind):
-            yield f"{name} in manifest.json is missing or has another form"
-            return
-    ledger, modes = manifest["ledger"], manifest["ledger"].get("evaluation_modes")
-    for name in LEDGER:
-        value = ledger.get(name)
-        if not (isinstance(value, int | float) and value > 0 and math.isfinite(value)):
-            yield f"ledger.{name} in manifest.json is not a number above 0: {value!r}"
-    if not (isinstance(modes, dict) and modes and all(isinstance(causal, bool) for causal in modes.values())):
-        yield f"ledger.evaluation_modes in manifest.json does not say which ways are causal: {modes!r}"
-    if not isinstance(ledger.get("causal_in_training"), bool):
-        yield f"ledger.causal_in_training in manifest.json is not true or false: {ledger.get('causal_in_training')!r}"
-    if not isinstance(ledger.get("router"), str):
-        yield "ledger.router in manifest.json is missing"
-    for name, value in {"final/loss": None, **manifest["result"]}.items():
-        if not isinstance(value, int | float) or isinstance(value, bool):
-            yield f"result.{name} in manifest.json is not a number: {value!r}"
+        digest = bool(re.fullmatch(f"[0-9a-f]{{{length}}}", str(manifest.get(name))))
+        fields.append((name, manifest.get(name), digest, f"{length} hexadecimal digits"))
+    for name, value, good, wanted in fields:
+        if not good:
+            yield f"{name} in manifest.json is not {wanted}: {value!r}"
 
 
-def check_seal(run: Run) -> Iterator[str]:
-    """The manifest is, byte for byte, what it was when the run was done."""
-    if run.status.get("manifest_sha256") != RunDirectory(run.path).seal():
-        yield "manifest.json is not what it was when the run ended: its SHA-256 is not manifest_sha256 in status.json"
-
-
-def check_config(run: Run) -> Iterator[str]:
+def check_config(run: Run) -> Findings:
     """The configuration of the manifest is the one that every rank read."""
-    written, read = flatten(run.manifest["config"]), flatten(run.config)
-    for key in sorted(set(written) | set(read)):
-        if written.get(key) != read.get(key) or (key in written) != (key in read):
-            yield (f"config.{key} is {written.get(key)!r} in manifest.json and {read.get(key)!r} in .hydra/config.yaml")
-    if run.manifest["seed"] != run.config.get("seed"):
-        yield f"seed is {run.manifest['seed']} in manifest.json and {run.config.get('seed')} in .hydra/config.yaml"
+    written, read = flatten({"config": run.manifest["config"]}), flatten({"config": run.config})
+    written["seed"], read["seed"] = run.manifest["seed"], run.config.get("seed")
+    for key in sorted({*written, *read}):
+        yield key, written.get(key, "not there"), read.get(key, "not there"), IN_CONFIG
 
 
-def check_ledger(run: Run) -> Iterator[str]:
+def check_ledger(run: Run) -> Findings:
     """The ledger speaks of the router that was configured."""
     ledger, router = run.ledger, run.config.get("router", {})
-    configured = str(router.get("_target_", "")).rpartition(".")[2]
-    for name, value in {**router, "router": configured}.items():
+    configured = {**router, "router": str(router.get("_target_", "")).rpartition(".")[2]}
+    for name, value in configured.items():
         # A replay leaves open what its source decides.
-        if name in ledger and value is not None and ledger[name] != value:
-            yield f"ledger.{name} is {ledger[name]!r} in manifest.json and {value!r} in .hydra/config.yaml"
-    chosen = run.config.get("module", {}).get("loss_coefficients") or {}
-    for name, value in chosen.items():
-        if ledger.get("loss_coefficients", {}).get(name) != value:
-            yield f"ledger.loss_coefficients.{name} is not {value!r}, as .hydra/config.yaml has it"
-    if ledger["active_parameters"] > ledger["parameters"]:
-        yield "ledger.active_parameters is larger than ledger.parameters"
+        if name in ledger and value is not None:
+            yield f"ledger.{name}", ledger[name], value, IN_CONFIG
+    for name, value in (run.config.get("module", {}).get("loss_coefficients") or {}).items():
+        yield f"ledger.loss_coefficients.{name}", ledger.get("loss_coefficients", {}).get(name), value, IN_CONFIG
+    active, most = ledger["active_parameters"], ledger["parameters"]
+    yield "ledger.active_parameters", active, min(active, most), "in manifest.json, more than ledger.parameters={}"
 
 
-def check_totals(run: Run) -> Iterator[str]:
+def check_totals(run: Run) -> Findings:
     """Steps, sequences and tokens follow from the configuration and from the last line of metrics.csv."""
-    flat, manifest = flatten(run.config), run.manifest
-    last = max((int(series.steps[-1]) for series in run.series.values()), default=0)
-    if manifest["steps"] != last:
-        yield f"steps is {manifest['steps']} in manifest.json and the last step in metrics.csv is {last}"
-    if manifest["steps"] != flat.get("trainer.max_steps"):
-        yield f"steps is {manifest['steps']} in manifest.json and trainer.max_steps is {flat.get('trainer.max_steps')}"
-    batch, length = flat.get("data.global_batch"), flat.get("data.sequence_length")
-    if batch and manifest["sequences"] != manifest["steps"] * batch:
-        yield f"sequences is {manifest['sequences']} in manifest.json, not steps x data.global_batch={batch}"
-    if length and manifest["tokens"] > manifest["sequences"] * length:
-        yield f"tokens is {manifest['tokens']} in manifest.json, more than sequences x data.sequence_length={length}"
-    if manifest["assignments_dropped"] > manifest["assignments"]:
-        yield "assignments_dropped is larger than assignments in manifest.json"
-    seconds = max((float(series.seconds[-1]) for series in run.series.values()), default=0.0)
-    written = manifest.get("training_seconds")
-    if isinstance(written, int | float) and abs(written - seconds) > 0.01 + TOLERANCE * seconds:
-        yield f"training_seconds is {written} in manifest.json and {seconds} in metrics.csv"
+    flat, manifest, series = flatten(run.config), run.manifest, run.series.values()
+    steps, sequences, tokens = (manifest[name] for name in ("steps", "sequences", "tokens"))
+    yield "steps", steps, max((int(found.steps[-1]) for found in series), default=0), IN_METRICS
+    yield "steps", steps, flat.get("trainer.max_steps"), "in manifest.json and trainer.max_steps is {}"
+    batch, most = flat.get("data.global_batch"), sequences * (flat.get("data.sequence_length") or math.inf)
+    expected = steps * batch if batch else sequences
+    yield "sequences", sequences, expected, "in manifest.json, not steps x data.global_batch = {}"
+    yield "tokens", tokens, min(tokens, most), "in manifest.json, more than sequences x data.sequence_length = {}"
+    dropped, asked = manifest["assignments_dropped"], manifest["assignments"]
+    yield "assignments_dropped", dropped, min(dropped, asked), "in manifest.json, more than assignments = {}"
+    seconds, ended = manifest.get("training_seconds"), max((float(found.seconds[-1]) for found in series), default=0.0)
+    if isinstance(seconds, int | float) and abs(seconds - ended) > 0.01 + TOLERANCE * ended:
+        yield "training_seconds", seconds, ended, IN_METRICS
 
 
-def check_result(run: Run) -> Iterator[str]:
+def check_result(run: Run) -> Findings:
     """The result is what the final evaluation logged, and perplexity is the exponential of the loss."""
     result = run.manifest["result"]
-    logged = {name for name in run.series if re.fullmatch(r"final(_\w+)?/\w+", name)}
-    for name in sorted({*result, *logged}):
-        value, measured = result.get(name), run.last(name)
-        if value is None or measured is None or not close(value, measured):
-            yield f"result.{name} is {value} in manifest.json and {measured} in metrics.csv"
-        loss = result.get(name.replace("/perplexity", "/loss"))
+    for name in sorted({*result, *(name for name in run.series if re.fullmatch(r"final(_\w+)?/\w+", name))}):
+        value, loss = result.get(name), result.get(name.replace("/perplexity", "/loss"))
+        yield f"result.{name}", *near(value, run.last(name)), IN_METRICS
         if name.endswith("/perplexity") and value is not None and loss is not None:
             expected = math.exp(loss) if loss < 700 else math.inf
-            if not close(value, expected, 1e-3):
-                yield f"result.{name} is {value} in manifest.json, not the exponential of the loss {loss}"
+            yield f"result.{name}", *near(value, expected, 1e-3), "in manifest.json, and the exponential of the loss {}"
 
 
-def check_counts(run: Run) -> Iterator[str]:
+def check_counts(run: Run) -> Findings:
     """Assignments and drops of the manifest agree with those that expert_load.csv has seen."""
-    manifest, layers = run.manifest, run.counts.get("train_step", {})
-    if not layers:
-        yield "expert_load.csv has no counts of train_step"
-        return
+    manifest, layers = run.manifest, run.counts.get("train_step", {}).values()
+    total, dropped = manifest["assignments"], manifest["assignments_dropped"]
     expected = manifest["tokens"] * run.ledger["top_k"] * len(layers)
-    fewer = bool(run.ledger.get("asks_for_fewer"))
-    if manifest["assignments"] > expected or (manifest["assignments"] < expected and not fewer):
-        most = "at most " * fewer
-        yield (
-            f"assignments is {manifest['assignments']} in manifest.json, not {most}tokens x top_k x layers = {expected}"
-        )
-    asked = sum(int(counts.demand.sum()) for counts in layers.values())
-    dropped = sum(int((counts.demand - counts.load).sum()) for counts in layers.values())
-    every_step = all(len(counts.steps) == manifest["steps"] for counts in layers.values())
-    low, high = dropped, dropped + manifest["assignments"] - asked
-    total = manifest["assignments_dropped"]
-    if not low <= total <= high or (every_step and total != dropped):
-        yield f"assignments_dropped is {total} in manifest.json; expert_load.csv has seen {dropped} of {asked} dropped"
+    asked = sum(int(counts.demand.sum()) for counts in layers)
+    least = asked - sum(int(counts.load.sum()) for counts in layers)
+    fewer = "at most " * bool(run.ledger.get("asks_for_fewer"))
+    said = f"in manifest.json, not {fewer}tokens x top_k x layers = {{}}"
+    yield "assignments", total, min(total, expected) if fewer else expected, said
+    yield "assignments", total, max(total, asked), "in manifest.json, fewer than expert_load.csv has seen: {}"
+    every_step = all(len(counts.steps) == manifest["steps"] for counts in layers)
+    most = least if every_step else least + total - asked
+    said = f"in manifest.json; expert_load.csv has seen {least} of {asked} dropped"
+    yield "assignments_dropped", dropped, min(max(dropped, least), most), said
     width = {counts.demand.shape[1] for stage in run.counts.values() for counts in stage.values()}
-    if width != {run.ledger["num_experts"]}:
-        yield f"ledger.num_experts is {run.ledger['num_experts']} and expert_load.csv has {sorted(width)}"
+    yield "ledger.num_experts", [run.ledger["num_experts"]], sorted(width), "in manifest.json and {} in expert_load.csv"
 
 
-def check_balance(run: Run) -> Iterator[str]:
+def check_balance(run: Run) -> Findings:
     """max_vio in metrics.csv is what the counts of the final pass give."""
     for stage, layers in run.counts.items():
         for layer, counts in layers.items() if stage.startswith("final") else ():
             for side, numbers in (("demand", counts.demand[-1]), ("load", counts.load[-1])):
-                name = f"{stage}/max_vio/{side}/{layer}"
-                logged, total = run.last(name), int(numbers.sum())
-                if logged is not None and total and not close(logged + 1, int(numbers.max()) * len(numbers) / total):
-                    yield f"{name} is {logged} in metrics.csv, and expert_load.csv gives another value"
+                name, total = f"{stage}/max_vio/{side}/{layer}", int(numbers.sum())
+                logged, counted = run.last(name), int(numbers.max()) * len(numbers) / max(total, 1)
+                if logged is not None and total:
+                    yield f"1 + {name}", *near(logged + 1, counted), "in metrics.csv and {} in expert_load.csv"
 
 
-def is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+def is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def close(a: float, b: float, tolerance: float = TOLERANCE) -> bool:
-    return a == b or (math.isnan(a) and math.isnan(b)) or math.isclose(a, b, rel_tol=tolerance)
+def near(value: float | None, expected: float | None, tolerance: float = TOLERANCE) -> tuple[Any, Any]:
+    """The two, made one where they differ by rounding alone; what is missing differs from everything."""
+    if value is None or expected is None:
+        return value, expected if value is not None or expected is not None else "nothing"
+    alike = (math.isnan(value) and math.isnan(expected)) or math.isclose(value, expected, rel_tol=tolerance)
+    return (expected, expected) if alike else (value, expected)

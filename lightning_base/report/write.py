@@ -4,16 +4,13 @@ import difflib
 import re
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
 
-from lightning_base.report.document import Document, Section, build
-from lightning_base.report.page import html
-from lightning_base.report.picture import Picture
+from lightning_base.report import formats
+from lightning_base.report.document import build
 from lightning_base.report.read import ReportError
-from lightning_base.report.tabular import numbers_csv, table_csv, table_latex
-from lightning_base.report.text import markdown, terminal
+from lightning_base.report.tables import numbers_table
 
 FIGURES = "report_files"
 BAD_INPUT = 2
@@ -36,54 +33,32 @@ def write_report(*directories: str | Path, quiet: bool = False) -> Path:
 
     paths = [Path(directory) for directory in directories]
     document = build(*paths)
-    drawn: list[list[Picture]] = []
+    drawn = [pictures(section.comparison) for section in document.sections]
+    files: dict[str, str | bytes] = {
+        name: formats.page(name, document, drawn, FIGURES) for name in ("report.html", "report.md")
+    }
     for i, section in enumerate(document.sections):
-        found = pictures(section.comparison, section.labels)
-        drawn.append([replace(picture, name=f"{prefix(i, document)}{picture.name}") for picture in found])
-    target = place(paths)
+        place = f"{FIGURES}/{formats.prefix(document, i)}"
+        files |= {f"{place}{picture.name}.png": picture.png for picture in drawn[i]}
+        files[f"{place}numbers.csv"] = formats.table_csv(numbers_table(section.comparison.arms))
+        for table in section.tables:
+            name = re.sub(r"\W+", "_", table.title.lower()).strip("_")
+            files[f"{place}{name}.csv"] = formats.table_csv(table)
+            files[f"{place}{name}.tex"] = formats.render("table.tex", table=table)
+    target = paths[0]
+    if len(paths) > 1:
+        target = paths[0].resolve().parent / "+".join(path.resolve().name for path in paths)
     try:
-        target.mkdir(exist_ok=True)
-        folder = target / FIGURES
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
-        for picture in (picture for found in drawn for picture in found):
-            (folder / f"{picture.name}.png").write_bytes(picture.png)
-        for i, section in enumerate(document.sections):
-            for name, content in files(section):
-                (folder / f"{prefix(i, document)}{name}").write_text(content, encoding="utf-8")
-        (target / "report.md").write_text(markdown(document, drawn, FIGURES), encoding="utf-8")
-        (target / "report.html").write_text(html(document, drawn), encoding="utf-8")
+        shutil.rmtree(target / FIGURES, ignore_errors=True)
+        (target / FIGURES).mkdir(parents=True)
+        for name, content in files.items():
+            (target / name).write_bytes(content.encode() if isinstance(content, str) else content)
     except OSError as error:
         raise ReportError(f"the report cannot be written to {target}: {error}") from error
     if not quiet:
-        announce(document, target)
+        said = formats.page("report.txt", document).strip()
+        print(f"{said}\n\nreport: {target / 'report.html'}\n        {target / 'report.md'}")
     return target / "report.html"
-
-
-def prefix(i: int, document: Document) -> str:
-    """What the files of a section begin with, where there are several."""
-    return f"{i + 1}_" if len(document.sections) > 1 else ""
-
-
-def files(section: Section) -> Iterator[tuple[str, str]]:
-    """Names and contents of the tables beside the page."""
-    for table in section.tables:
-        name = re.sub(r"\W+", "_", table.title.lower()).strip("_")
-        yield f"{name}.csv", table_csv(table)
-        yield f"{name}.tex", table_latex(table)
-    yield "numbers.csv", numbers_csv(section.comparison, section.labels)
-
-
-def place(directories: Sequence[Path]) -> Path:
-    """Where the report of these directories goes."""
-    if len(directories) == 1:
-        return directories[0]
-    return directories[0].resolve().parent / "+".join(path.resolve().name for path in directories)
-
-
-def announce(document: Document, target: Path) -> None:
-    print(terminal(document))
-    print(f"\nreport: {target / 'report.html'}\n        {target / 'report.md'}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lightning_base.assignment import SOLVERS, balanced_assignments
 from lightning_base.routing.plan import RoutingGroups, RoutingPlan, count_by_group
 from lightning_base.routing.router import Router
-from lightning_base.routing.selection import weigh
+from lightning_base.routing.selection import full_precision, weigh
 
 Gate = Literal["sigmoid", "centred_sigmoid", "twice_sigmoid", "softmax", "one"]
 SOLVERS_FOR_TOP_K = ("transport", "greedy")  # the others give a token one expert
@@ -86,11 +86,12 @@ class BASE(Router):
 
     def forward(self, tokens: Tensor, token_ids: Tensor, groups: RoutingGroups) -> RoutingPlan:
         with torch.autocast(tokens.device.type, enabled=False):
-            scores_TE = nn.functional.linear(tokens.float(), self.centroids.float())
+            scores_TE = nn.functional.linear(full_precision(tokens), full_precision(self.centroids))
         detached_TE = scores_TE.detach()
         # ``self.training`` decides, not whether gradients are on: a frozen layer in training still balances.
         aux = {"scores": detached_TE}
-        if self.training or self.evaluation_mode == "balanced":
+        balances = self.training or self.evaluation_mode == "balanced"
+        if balances:
             expert_TK, aux["group_prices"], aux["assignment_seconds"] = balanced_by_group(
                 detached_TE,
                 groups,
@@ -113,6 +114,7 @@ class BASE(Router):
             group_demand=count_by_group(groups, self.num_experts, chosen.token_index, chosen.expert_index),
             groups=groups,
             top_k=self.top_k,
+            equal_loads=balances and self.solver != "greedy" and groups.even_over(self.num_experts, self.top_k),
             aux=aux,
         )
 

@@ -12,7 +12,10 @@ from torch import Tensor, nn
 
 from lightning_base.routing.plan import RoutingGroups, RoutingPlan, count_by_group
 from lightning_base.routing.router import Router
-from lightning_base.routing.selection import check_renormalize, select_top_k
+from lightning_base.routing.selection import check_renormalize, full_precision, select_top_k
+
+# What is closer than this is a tie: many times the rounding of float32, and no difference between experts.
+GRID = 2.0**-20
 
 
 class BIP(Router):
@@ -56,17 +59,19 @@ class BIP(Router):
 
     def forward(self, tokens: Tensor, token_ids: Tensor, groups: RoutingGroups) -> RoutingPlan:
         with torch.autocast(tokens.device.type, enabled=False):
-            logits_TE = nn.functional.linear(tokens.float(), self.gate.weight.float())
+            logits_TE = nn.functional.linear(full_precision(tokens), full_precision(self.gate.weight))
         gates_TE = logits_TE.softmax(-1)
         detached_TE = gates_TE.detach()
         aux = {"scores": detached_TE, "probabilities": detached_TE}
-        prices_GE = self.prices.float().expand(len(groups.sizes), -1)
+        prices_GE = self.prices.to(logits_TE.dtype).expand(len(groups.sizes), -1)
         if self.training:
             prices_GE, aux["assignment_seconds"] = prices_by_group(
                 detached_TE, groups, prices_GE, self.top_k, self.iterations
             )
             aux["group_prices"] = prices_GE
-        ranking_TE = detached_TE - prices_GE[groups.index(tokens.device)]
+        # The token whose score became a price is tied between two experts. Rounded, it is so on every machine and in
+        # every layout of ranks, where the last digits of its score would decide otherwise.
+        ranking_TE = ((detached_TE - prices_GE[groups.index(tokens.device)]) / GRID).round()
         chosen = select_top_k(ranking_TE, gates_TE, self.top_k, self.renormalize)
         return RoutingPlan(
             token_index=chosen.token_index,

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lightning_base.routing.plan import RoutingGroups, RoutingPlan, count_by_group
 from lightning_base.routing.router import Router
+from lightning_base.routing.selection import full_precision
 
 
 class ExpertChoice(Router):
@@ -49,9 +50,10 @@ class ExpertChoice(Router):
 
     def forward(self, tokens: Tensor, token_ids: Tensor, groups: RoutingGroups) -> RoutingPlan:
         with torch.autocast(tokens.device.type, enabled=False):
-            logits_TE = nn.functional.linear(tokens.float(), self.gate.weight.float())
+            logits_TE = nn.functional.linear(full_precision(tokens), full_precision(self.gate.weight))
         scores_TE = logits_TE.softmax(-1)
-        if self.training or self.evaluation_mode == "expert_choice":
+        experts_choose = self.training or self.evaluation_mode == "expert_choice"
+        if experts_choose:
             token_index, expert_index = chosen_by_experts(scores_TE.detach(), groups, self.top_k)
         else:
             expert_index = scores_TE.topk(self.top_k, dim=-1).indices.flatten()
@@ -63,6 +65,7 @@ class ExpertChoice(Router):
             group_demand=count_by_group(groups, self.num_experts, token_index, expert_index),
             groups=groups,
             top_k=self.top_k,
+            equal_loads=experts_choose and groups.even_over(self.num_experts, self.top_k),
             aux={"probabilities": scores_TE.detach()},
         )
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from lightning_base.routing.plan import RoutingGroups, RoutingPlan, count_by_group
 from lightning_base.routing.router import Router
+from lightning_base.routing.selection import full_precision
 
 
 class GatedDense(Router):
@@ -32,7 +33,7 @@ class GatedDense(Router):
 
     def forward(self, tokens: Tensor, token_ids: Tensor, groups: RoutingGroups) -> RoutingPlan:
         with torch.autocast(tokens.device.type, enabled=False):
-            weight = nn.functional.linear(tokens.float(), self.gate.float())[:, 0].sigmoid()
+            weight = nn.functional.linear(full_precision(tokens), full_precision(self.gate))[:, 0].sigmoid()
         token_index = torch.arange(len(tokens), device=tokens.device)
         expert_index = torch.zeros_like(token_index)
         return RoutingPlan(

@@ -13,6 +13,7 @@ from lightning_base.routing.losses import balancing_loss, check_scope
 from lightning_base.routing.noise import draw_key, uniform_noise
 from lightning_base.routing.plan import RoutingGroups, RoutingPlan, count_by_group
 from lightning_base.routing.router import Router
+from lightning_base.routing.selection import full_precision
 
 
 class GShard(Router):
@@ -70,6 +71,10 @@ class GShard(Router):
     def needs_token_ids(self) -> bool:
         return self.training
 
+    @property
+    def needs_sequences(self) -> bool:
+        return self.balance_scope == "sequence"
+
     def reset_parameters(self) -> None:
         nn.init.trunc_normal_(self.gate.weight, std=(0.1 / self.gate.in_features) ** 0.5)
         self.key.copy_(draw_key())
@@ -79,7 +84,7 @@ class GShard(Router):
 
     def forward(self, tokens: Tensor, token_ids: Tensor, groups: RoutingGroups) -> RoutingPlan:
         with torch.autocast(tokens.device.type, enabled=False):
-            logits_TE = nn.functional.linear(tokens.float(), self.gate.weight.float())
+            logits_TE = nn.functional.linear(full_precision(tokens), full_precision(self.gate.weight))
         probabilities_TE = logits_TE.softmax(-1)
         gate_T2, expert_T2 = probabilities_TE.topk(2, dim=-1)
         gate_T2 = gate_T2 / gate_T2.sum(-1, keepdim=True)

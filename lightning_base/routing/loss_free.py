@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lightning_base.routing.losses import balancing_loss
 from lightning_base.routing.plan import RoutingGroups, RoutingPlan, count_by_group
 from lightning_base.routing.router import Router
-from lightning_base.routing.selection import check_renormalize, select_top_k
+from lightning_base.routing.selection import check_renormalize, full_precision, select_top_k
 
 
 class LossFree(Router):
@@ -62,6 +62,10 @@ class LossFree(Router):
         self.register_buffer("bias_steps", torch.zeros(num_experts, dtype=torch.int64))
         self.reset_parameters()
 
+    @property
+    def needs_sequences(self) -> bool:
+        return self.sequence_loss
+
     def reset_parameters(self) -> None:
         nn.init.trunc_normal_(self.gate.weight, std=(0.1 / self.gate.in_features) ** 0.5)
 
@@ -72,7 +76,7 @@ class LossFree(Router):
 
     def forward(self, tokens: Tensor, token_ids: Tensor, groups: RoutingGroups) -> RoutingPlan:
         with torch.autocast(tokens.device.type, enabled=False):
-            gates_TE = nn.functional.linear(tokens.float(), self.gate.weight.float()).sigmoid()
+            gates_TE = nn.functional.linear(full_precision(tokens), full_precision(self.gate.weight)).sigmoid()
         detached_TE = gates_TE.detach()
         chosen = select_top_k(detached_TE + self.bias, gates_TE, self.top_k, self.renormalize)
         losses: dict[str, Tensor] = {}

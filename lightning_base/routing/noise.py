@@ -46,6 +46,21 @@ def normal_noise(
     return torch.special.ndtri(uniform_noise(token_ids, groups, count, key=key, step=step))
 
 
+def permutation(count: int, *, key: int, step: int, part: int = 0) -> Int64[Tensor, " N"]:
+    """A random order of 0 ... N - 1, on the host.
+
+    Args:
+        count: N.
+        key: tells layers apart.
+        step: tells optimizer steps apart.
+        part: tells apart what is permuted within one step.
+    """
+    seeds = torch.tensor([key, step + 1, part + 1])
+    seed = (_mix(seeds) * torch.tensor([1, 3, 5])).sum()
+    # Sorting hashes, because torch guarantees those and not what its generators draw; equal ones keep their order.
+    return torch.argsort(_mix(_mix(torch.arange(count)) + seed), stable=True)
+
+
 def draw_key() -> Int64[Tensor, ""]:
     """A key from torch's global generator, which the model seeds for every module by name."""
     return torch.randint(2**62, (), dtype=torch.int64)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lightning_base.routing.noise import draw_key, normal_noise
 from lightning_base.routing.plan import RoutingGroups, RoutingPlan, count_by_group
 from lightning_base.routing.router import Router
+from lightning_base.routing.selection import full_precision
 
 
 class NoisyTopK(Router):
@@ -70,8 +71,10 @@ class NoisyTopK(Router):
 
     def forward(self, tokens: Tensor, token_ids: Tensor, groups: RoutingGroups) -> RoutingPlan:
         with torch.autocast(tokens.device.type, enabled=False):
-            clean_TE = nn.functional.linear(tokens.float(), self.gate.weight.float())
-            spread_TE = nn.functional.softplus(nn.functional.linear(tokens.float(), self.noise_gate.weight.float()))
+            clean_TE = nn.functional.linear(full_precision(tokens), full_precision(self.gate.weight))
+            spread_TE = nn.functional.softplus(
+                nn.functional.linear(full_precision(tokens), full_precision(self.noise_gate.weight))
+            )
         logits_TE = clean_TE
         if self.training:
             noise_TE = normal_noise(token_ids, groups, self.num_experts, key=int(self.key), step=int(self.step))

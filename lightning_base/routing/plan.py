@@ -49,6 +49,10 @@ class RoutingGroups:
         """Groups that hold tokens."""
         return sum(size > 0 for size in self.sizes)
 
+    def even_over(self, num_experts: int, top_k: int = 1) -> bool:
+        """Whether equal shares of the assignments of every group are whole numbers."""
+        return all(size * top_k % num_experts == 0 for size in self.sizes)
+
     def sum(self, value_TN: Float[Tensor, "T N"]) -> Float[Tensor, "G N"]:
         """The sum over the tokens of each group."""
         if not self.sizes:
@@ -103,12 +107,15 @@ class RoutingPlan:
         groups: the routing groups of the T tokens.
         top_k: experts that every token asks for (the k of the load formulas).
         capacity: [G], slots of one expert in each group; None if nothing is ever dropped.
+        equal_loads: every expert computes equally many tokens, and would of any tokens in groups of these sizes: ranks
+            with the same sizes need not tell each other their counts.
         losses: auxiliary losses by name, not yet multiplied by a coefficient: the module owns those.
         step_losses: the same for losses over the whole optimizer step; a loss is in one of the two.
         aux: detached tensors that a callback may want to look at. By these names they are understood:
             ``probabilities`` [T, E], a gate distribution of each token; ``gates``, the sigmoids of the experts chosen,
             before they are renormalized; ``assignment_seconds``, the time that choosing in balance took; ``asked`` [T],
-            of how many experts each token asked, where that is not k.
+            of how many experts each token asked, where that is not k; ``computed``, how many assignments the experts of
+            this rank have computed, where these are not those of the plan.
     """
 
     token_index: Int64[Tensor, " A"]
@@ -118,6 +125,7 @@ class RoutingPlan:
     groups: RoutingGroups
     top_k: int = 1
     capacity: Int64[Tensor, " G"] | None = None
+    equal_loads: bool = False
     losses: dict[str, Tensor] = field(default_factory=dict)
     step_losses: dict[str, StepLoss] = field(default_factory=dict)
     aux: dict[str, Tensor] = field(default_factory=dict)
@@ -156,6 +164,18 @@ class RoutingPlan:
         reached = torch.zeros(self.num_tokens, dtype=torch.int64, device=self.token_index.device)
         reached[self.token_index] = 1
         return self.num_tokens - reached.sum()
+
+    def of_experts(self, held: range) -> "RoutingPlan":
+        """The assignments to some of the experts alone, which are then 0, 1, ..."""
+        theirs = (self.expert_index >= held.start) & (self.expert_index < held.stop)
+        return replace(
+            self,
+            token_index=self.token_index[theirs],
+            expert_index=self.expert_index[theirs] - held.start,
+            weight=self.weight[theirs],
+            group_demand=self.group_demand[:, held.start : held.stop],
+            equal_loads=False,
+        )
 
     def detached(self) -> "RoutingPlan":
         """The same plan without its graph: what may outlive the step."""

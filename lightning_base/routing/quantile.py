@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_base.routing.plan import RoutingGroups, RoutingPlan, count_by_group
 from lightning_base.routing.router import Router
-from lightning_base.routing.selection import check_renormalize, select_top_k
+from lightning_base.routing.selection import check_renormalize, full_precision, select_top_k
 
 
 class Quantile(Router):
@@ -54,9 +54,9 @@ class Quantile(Router):
 
     def forward(self, tokens: Tensor, token_ids: Tensor, groups: RoutingGroups) -> RoutingPlan:
         with torch.autocast(tokens.device.type, enabled=False):
-            gates_TE = nn.functional.linear(tokens.float(), self.gate.weight.float()).sigmoid()
+            gates_TE = nn.functional.linear(full_precision(tokens), full_precision(self.gate.weight)).sigmoid()
         detached_TE = gates_TE.detach()
-        chosen = select_top_k(detached_TE - self.prices.float(), gates_TE, self.top_k, self.renormalize)
+        chosen = select_top_k(detached_TE - self.prices.to(detached_TE.dtype), gates_TE, self.top_k, self.renormalize)
         return RoutingPlan(
             token_index=chosen.token_index,
             expert_index=chosen.expert_index,
@@ -70,7 +70,7 @@ class Quantile(Router):
     def step_sums(self, plan: RoutingPlan) -> dict[str, Tensor]:
         # Every group starts from the prices of the last step: which groups share a rank must not matter.
         prices = [
-            quantile_prices(group_TE, self.prices.float(), self.top_k, self.iterations).double()
+            quantile_prices(group_TE, self.prices.to(group_TE.dtype), self.top_k, self.iterations).double()
             for group_TE in plan.groups.split(plan.aux["scores"])
             if len(group_TE)
         ]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lightning_base.routing.plan import RoutingGroups, RoutingPlan
 from lightning_base.routing.recording import GroupPlan, Recording, digest_groups
 from lightning_base.routing.router import Router
+from lightning_base.routing.selection import full_precision
 
 Weight = Literal["recorded", "learned", "one"]
 # What decides which sequences a step consists of, when there is an evaluation, and which layers there are.
@@ -93,6 +94,11 @@ class Replay(Router):
             nn.init.orthogonal_(self.centroids, gain=0.1)
 
     def check_run(self, config: Mapping[str, Any]) -> None:
+        if _value(config, "model.shuffle_tokens"):
+            raise ValueError(
+                "router=replay with model.shuffle_tokens: a plan is found by the tokens of a whole routing group, "
+                "which the shuffle deals out; set model.shuffle_tokens=false"
+            )
         for key in MUST_MATCH:
             here, there = _value(config, key), _value(self.recording.config, key)
             if here != there:
@@ -119,7 +125,7 @@ class Replay(Router):
         demand = [torch.from_numpy(plan.demand) for _, plan in plans]
         if self.centroids is not None:
             with torch.autocast(device.type, enabled=False):
-                scores_TE = nn.functional.linear(tokens.float(), self.centroids.float())
+                scores_TE = nn.functional.linear(full_precision(tokens), full_precision(self.centroids))
             weight = torch.sigmoid(scores_TE[token_index, expert_index])
             aux["gates"] = weight.detach()
         elif self.weight == "one":

@@ -69,6 +69,11 @@ class Router(nn.Module):
         """Whether routing, as the router is set now, depends on token ids; a model may be unable to give them."""
         return False
 
+    @property
+    def needs_sequences(self) -> bool:
+        """Whether a loss looks at each sequence by itself, so that routing groups have to hold whole sequences."""
+        return False
+
     def check_group(self, tokens: int) -> None:
         """Raises ValueError if a full training group of ``tokens`` tokens cannot be routed as promised."""
         if self.num_experts > tokens:

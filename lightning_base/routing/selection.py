@@ -32,6 +32,11 @@ def select_top_k(
     return weigh(ranking_TE.topk(top_k, dim=-1).indices, gates_TE, renormalize)
 
 
+def full_precision(value: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """In float32, or float64 if that is what it is: what is decided and summed here is not rounded to half of that."""
+    return value if value.dtype == torch.float64 else value.float()
+
+
 def weigh(expert_TK: Int64[Tensor, "T K"], gates_TE: Float[Tensor, "T E"], renormalize: bool = False) -> Selection:
     """The assignments of experts already chosen, [T, K]; other arguments as in ``select_top_k``."""
     weight_TK = gates_TE.gather(1, expert_TK)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lightning_base.routing.balanced import check_orthogonal
 from lightning_base.routing.plan import RoutingGroups, RoutingPlan, count_by_group
 from lightning_base.routing.router import Router
-from lightning_base.routing.selection import select_top_k
+from lightning_base.routing.selection import full_precision, select_top_k
 
 
 class Sinkhorn(Router):
@@ -70,7 +70,7 @@ class Sinkhorn(Router):
 
     def forward(self, tokens: Tensor, token_ids: Tensor, groups: RoutingGroups) -> RoutingPlan:
         with torch.autocast(tokens.device.type, enabled=False):
-            scores_TE = nn.functional.linear(tokens.float(), self.centroids.float())
+            scores_TE = nn.functional.linear(full_precision(tokens), full_precision(self.centroids))
         detached_TE = scores_TE.detach()
         ranking_TE, aux = detached_TE, {"scores": detached_TE}
         if self.training or self.evaluation_mode == "balanced":

@@ -12,6 +12,7 @@ from lightning_base.routing.capacity import check_capacity_factor, expert_capaci
 from lightning_base.routing.losses import balancing_loss, check_scope
 from lightning_base.routing.plan import RoutingGroups, RoutingPlan, count_by_group
 from lightning_base.routing.router import Router
+from lightning_base.routing.selection import full_precision
 
 
 class Switch(Router):
@@ -53,13 +54,17 @@ class Switch(Router):
         self.gate = nn.Linear(width, num_experts, bias=False)
         self.reset_parameters()
 
+    @property
+    def needs_sequences(self) -> bool:
+        return self.balance_scope == "sequence"
+
     def reset_parameters(self) -> None:
         nn.init.trunc_normal_(self.gate.weight, std=(0.1 / self.gate.in_features) ** 0.5)
 
     def forward(self, tokens: Tensor, token_ids: Tensor, groups: RoutingGroups) -> RoutingPlan:
         # Selective precision (section 2.4): the softmax is taken in float32 whatever the layer runs in.
         with torch.autocast(tokens.device.type, enabled=False):
-            logits_TE = nn.functional.linear(tokens.float(), self.gate.weight.float())
+            logits_TE = nn.functional.linear(full_precision(tokens), full_precision(self.gate.weight))
         probabilities_TE = logits_TE.softmax(-1)
         weight, expert_index = probabilities_TE.max(-1)
         token_index = torch.arange(len(tokens), device=tokens.device)

@@ -14,6 +14,7 @@ from lightning_base.routing.capacity import check_capacity_factor, expert_capaci
 from lightning_base.routing.losses import balancing_loss, check_scope, router_z_loss
 from lightning_base.routing.plan import RoutingGroups, RoutingPlan, count_by_group
 from lightning_base.routing.router import Router
+from lightning_base.routing.selection import full_precision
 
 GATES = ("softmax", "sigmoid")
 
@@ -78,12 +79,16 @@ class TopK(Router):
         self.gate = nn.Linear(width, num_experts, bias=False)
         self.reset_parameters()
 
+    @property
+    def needs_sequences(self) -> bool:
+        return self.balance_scope == "sequence"
+
     def reset_parameters(self) -> None:
         nn.init.trunc_normal_(self.gate.weight, std=(0.1 / self.gate.in_features) ** 0.5)
 
     def forward(self, tokens: Tensor, token_ids: Tensor, groups: RoutingGroups) -> RoutingPlan:
         with torch.autocast(tokens.device.type, enabled=False):
-            logits_TE = nn.functional.linear(tokens.float(), self.gate.weight.float())
+            logits_TE = nn.functional.linear(full_precision(tokens), full_precision(self.gate.weight))
         # By logits: scores rise with them, and a sigmoid in float32 is exactly 1 for all logits above 17.
         expert_TK = logits_TE.topk(self.top_k, dim=-1).indices
         scores_TE, probabilities_TE = self._scores(logits_TE)

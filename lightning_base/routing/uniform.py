@@ -26,4 +26,5 @@ class Uniform(Router):
             weight=tokens.new_ones(len(tokens)),
             group_demand=count_by_group(groups, self.num_experts, token_index, expert_index),
             groups=groups,
+            equal_loads=groups.even_over(self.num_experts),
         )

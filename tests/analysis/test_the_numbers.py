@@ -47,7 +47,9 @@ class Recount:
 
     def chosen(self, checkpoint: Path) -> Chosen:
         """The experts of every token in each layer."""
-        model = LanguageModel.load_from_checkpoint(checkpoint, weights_only=True, map_location="cpu").eval()
+        model = LanguageModel.load_from_checkpoint(
+            checkpoint / "state.pt", weights_only=True, map_location="cpu"
+        ).eval()
         found: Chosen = {}
         for first in range(0, SEQUENCES, BATCH):
             ids = torch.tensor(self.sequences[first : first + BATCH])
@@ -197,7 +199,7 @@ def test_the_token_tells_everything_of_a_hash_router_and_nothing_of_a_random_one
 def test_checkpoints_are_kept_as_configured(kept: dict[str, Path], dense: Path) -> None:
     for run in kept.values():
         assert sorted(path.stem for path in (run / "checkpoints").glob("*.ckpt")) == [f"step_{i}" for i in (1, 2, 3, 4)]
-    assert [path.name for path in sorted((dense / "checkpoints").iterdir())] == ["step_4.ckpt", "step_4.ckpt.sha256"]
+    assert [path.name for path in sorted((dense / "checkpoints").iterdir())] == ["step_4.ckpt"]
 
 
 def test_keeping_no_checkpoint_is_refused(domain_corpus: list[str], tmp_path: Path) -> None:

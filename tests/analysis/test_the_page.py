@@ -9,7 +9,6 @@ from pathlib import Path
 import forks
 import program
 import pytest
-import torch
 import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
@@ -84,7 +83,7 @@ def test_with_few_checkpoints_the_page_says_what_is_missing_and_how_to_get_it(
     keep: int, sentence: str, copy: Path
 ) -> None:
     for step in range(1, 5 - keep):
-        (copy / "checkpoints" / f"step_{step}.ckpt").unlink()
+        shutil.rmtree(copy / "checkpoints" / f"step_{step}.ckpt")
     assert main([str(copy), "--sequences", "all"]) == 0
     text = (copy / "analysis" / "analysis.html").read_text()
     assert sentence in text
@@ -135,13 +134,14 @@ def no_checkpoint(run: Path) -> None:
 
 
 def damaged_checkpoint(run: Path) -> None:
-    with open(run / "checkpoints" / "step_2.ckpt", "ab") as file:
-        file.write(b"\0")
+    with open(run / "checkpoints" / "step_2.ckpt" / "state.pt", "r+b") as file:
+        file.seek(1000)
+        file.write(b"?")
 
 
 def checkpoint_of_another_model(run: Path) -> None:
     path = run / "checkpoints" / "step_4.ckpt"
-    content = torch.load(path, weights_only=True)
+    content = program.state(path)
     del content["state_dict"]["model.blocks.layer_1.feed_forward.router.prices"]
     VerifiedCheckpointIO().save_checkpoint(content, path)
 
@@ -174,7 +174,7 @@ CASES: list[tuple[Callable[[Path], None], str]] = [
     (broken_config, "cannot be read: "),
     (config_of_another_version, "trainer.max_stepz is no key of the configuration"),
     (no_checkpoint, "holds no checkpoint"),
-    (damaged_checkpoint, "step_2.ckpt is not what was written"),
+    (damaged_checkpoint, "step_2.ckpt is damaged: state.pt is not what was written"),
     (checkpoint_of_another_model, "step_4.ckpt does not fit the model of this version"),
     (replay_of_another_run, "repeats what another one has routed, router.source="),
     (another_corpus, "the corpus is not the one"),

@@ -15,7 +15,7 @@ import pytorch_lightning as pl
 import torch
 from omegaconf import OmegaConf
 from router_arms import FOLDER, ROUTERS
-from tiny_training import VOCABULARY, fit, language_model, leave, micro_batches
+from tiny_training import SEQUENCES, VOCABULARY, fit, language_model, leave, micro_batches
 from torch import Tensor
 
 from lightning_base.instantiation import resolve
@@ -51,7 +51,10 @@ class Audit:
 
 
 def arms() -> dict[str, tuple[str, dict[str, Any]]]:
-    """Every router of conf/router with every option that adds a loss, once for each scope of its balancing loss."""
+    """Every router of conf/router with every option that adds a loss, once for each scope of its balancing loss.
+
+    ``shuffle_tokens`` among the options is the model's.
+    """
     found = {}
     for name in ROUTERS:
         target = resolve(str(OmegaConf.load(FOLDER / f"{name}.yaml")["_target_"]), "router", Router)
@@ -59,6 +62,8 @@ def arms() -> dict[str, tuple[str, dict[str, Any]]]:
         more = {option: True for option in parameters if option.endswith("_loss")}
         scopes = [{"balance_scope": scope} for scope in get_args(Scope)] if "balance_scope" in parameters else [{}]
         found.update({"/".join([name, *scope.values()]): (name, {**more, **scope}) for scope in scopes})
+    # What is computed again deals the same tokens to the same groups, on which this loss depends.
+    found["switch/group/shuffled"] = ("switch", {"balance_scope": "group", "shuffle_tokens": SEQUENCES // 2})
     return found
 
 
@@ -101,8 +106,14 @@ def audit(router: str, options: dict[str, Any], setting: Setting, *, rank: int =
         rank: of this process.
         scaled: a router that is wrong: its losses grow with the number of ranks.
     """
+    router_options = dict(options)
+    shuffle_tokens = router_options.pop("shuffle_tokens", False)
     module = language_model(
-        router, max_steps=99, router_options=options, activation_checkpointing=setting.activation_checkpointing
+        router,
+        max_steps=99,
+        router_options=router_options,
+        shuffle_tokens=shuffle_tokens,
+        activation_checkpointing=setting.activation_checkpointing,
     )
     built = the_router(module)
     built.prepare(torch.arange(1, VOCABULARY + 1))

@@ -20,7 +20,7 @@ class Failing(Uniform):
     """Round-robin, until rank 1 has seen three batches."""
 
     def forward(self, tokens, token_ids, groups):
-        self.seen = getattr(self, "seen", 0) + self.training
+        self.seen = getattr(self, "seen", 0) + (self.training and not self.rehearsal)
         if os.environ.get("RANK") == "1" and self.seen == 3:
             raise RuntimeError("the user's router broke on rank 1")
         return super().forward(tokens, token_ids, groups)

@@ -69,7 +69,7 @@ def undisturbed(small_corpus: list[str], tmp_path_factory: pytest.TempPathFactor
 
 
 def final_weights(directory: Path) -> dict[str, torch.Tensor]:
-    return torch.load(directory / "checkpoints" / f"step_{STEPS}.ckpt", weights_only=True)["state_dict"]
+    return program.state(directory / "checkpoints" / f"step_{STEPS}.ckpt")["state_dict"]
 
 
 def assert_same_run(directory: Path, undisturbed: Path) -> None:
@@ -160,7 +160,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
     directory = wait_for_step(tmp_path, 33, process)
     process.kill()
     process.communicate(timeout=30)
-    newest = max((directory / "checkpoints").glob("*.ckpt"), key=lambda path: int(path.stem.split("_")[1]))
+    newest = max((directory / "checkpoints").glob("*.ckpt"), key=lambda path: int(path.stem.split("_")[1])) / "state.pt"
     newest.write_bytes(newest.read_bytes()[:-1000])
 
     again = program.train(*arguments)

@@ -44,7 +44,7 @@ class Breaking(Uniform):
         self.place, self.seen = place, 0
 
     def forward(self, tokens, token_ids, groups):
-        learns = self.training and torch.is_grad_enabled()
+        learns = self.training and torch.is_grad_enabled() and not self.rehearsal
         self.seen += learns
         plan = super().forward(tokens, token_ids, groups)
         # The first rank writes checkpoints, so that it alone can fail in that.

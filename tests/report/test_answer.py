@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from hand_made_runs import write_run, write_seeds
+from hand_made_runs import edit, write_run, write_seeds
 
 from lightning_base.report.answer import all_contrasts
 from lightning_base.report.document import Section, build
@@ -130,4 +130,49 @@ def test_a_single_shared_seed_is_not_ranked_beside_arms_with_several(tmp_path: P
     assert section.answer[0].endswith(
         "3 paired seeds), the validation loss is lower with Switch (−0.7000 ± 0.6572). "
         "Not ranked, with one seed in common: TopK."
+    )
+
+
+def test_a_run_that_went_on_elsewhere_or_from_an_older_checkpoint_is_named(tmp_path: Path) -> None:
+    write_run(tmp_path / "a", "BASE", 5.0)
+    moved = [
+        {"from_step": 0, "world_size": 2, "strategy": "ddp", "accumulation": 1},
+        {"from_step": 3, "world_size": 1, "strategy": "single", "accumulation": 2},
+    ]
+    passed = {"checkpoint": "step_4.ckpt", "reason": "the checkpoint step_4.ckpt is damaged: state.pt is missing"}
+    resumes = [{"step": 3, "checkpoint": "step_3.ckpt", "time": 0.0, "passed_over": [passed]}]
+    write_run(tmp_path / "b", "Switch", 4.5, manifest={"layouts": moved, "resumes": resumes})
+    (section,) = build(tmp_path).sections
+    assert section.cautions == [
+        "Went on with other ranks or another accumulation, so that its speed is of several: Switch, seed 1 "
+        "(from step 0 ddp with 2 ranks and accumulation 1, from step 3 single with 1 rank and accumulation 2).",
+        "Switch, seed 1, went on from an older checkpoint: the checkpoint step_4.ckpt is damaged: state.pt is missing.",
+    ]
+
+
+def test_speeds_of_runs_that_shared_the_machine_are_not_compared(tmp_path: Path) -> None:
+    # BASE and Switch overlap by a second, TopK begins when both have ended, Hash ran elsewhere at the same time.
+    times = {
+        "BASE": ("a", 10.0, 20.0),
+        "Switch": ("a", 19.0, 29.0),
+        "TopK": ("a", 29.0, 39.0),
+        "Hash": ("b", 10.0, 39.0),
+    }
+    for router, (host, started, ended) in times.items():
+        run = write_run(tmp_path / router, router)
+        for key, value in {"host": host, "started": started, "updated": ended}.items():
+            edit(run / "status.json", key, value)
+    (section,) = build(tmp_path).sections
+    (caution,) = section.cautions
+    assert caution.endswith("runs shared the machine with others of this table: BASE and Switch.")
+
+
+def test_another_number_of_threads_is_said(tmp_path: Path) -> None:
+    write_run(tmp_path / "BASE", "BASE")
+    write_run(tmp_path / "Switch", "Switch", manifest={"device": "x86_64, 2 threads"})
+    (section,) = build(tmp_path).sections
+    (caution,) = section.cautions
+    assert caution == (
+        "Speeds are not comparable, the arms did not run in the same way: BASE device=x86_64, 1 threads; Switch "
+        "device=x86_64, 2 threads."
     )

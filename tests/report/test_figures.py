@@ -5,12 +5,11 @@ from pathlib import Path
 import numpy as np
 from hand_made_runs import write_run, write_seeds
 
-from lightning_base.report.colors import ROUTERS, router_color, styles
-from lightning_base.report.curves import flops_until
 from lightning_base.report.document import build
+from lightning_base.report.drawing import ROUTERS, router_color, styles
 from lightning_base.report.fairness import Arm
-from lightning_base.report.figures import pareto_front, pictures
-from lightning_base.report.loads import relative
+from lightning_base.report.figures import pareto_front, pictures, relative
+from lightning_base.report.measures import flops_until
 from lightning_base.report.read import Run, read_job
 
 
@@ -52,13 +51,13 @@ def test_load_is_relative_to_an_even_share(tmp_path: Path) -> None:
 def test_arms_without_curves_or_counts_leave_the_other_figures_whole(tmp_path: Path) -> None:
     write_run(tmp_path / "TopK", "TopK", without=("validation/loss",))
     (section,) = build(tmp_path).sections
-    assert [p.name for p in pictures(section.comparison, section.labels)] == ["load_bars", "load_over_time"]
+    assert [p.name for p in pictures(section.comparison)] == ["load_bars", "load_over_time"]
 
 
 def test_several_seeds_are_drawn(tmp_path: Path) -> None:
     write_seeds(tmp_path, BASE=(5.0, 6.0), Switch=(5.0, 6.5))
     (section,) = build(tmp_path).sections
-    drawn = {picture.name: picture for picture in pictures(section.comparison, section.labels)}
+    drawn = {picture.name: picture for picture in pictures(section.comparison)}
     assert next(iter(drawn)) == "difference"
     assert "an empty one is undecided" in drawn["difference"].caption
     assert "means over seeds" in drawn["loss_steps"].caption
@@ -68,7 +67,7 @@ def test_several_seeds_are_drawn(tmp_path: Path) -> None:
 
 def test_one_seed_has_no_interval_in_its_figure(experiment: Path) -> None:
     (section,) = build(experiment).sections
-    first = pictures(section.comparison, section.labels)[0]
+    first = pictures(section.comparison)[0]
     assert "One seed" in first.caption
     assert b'id="difference1"' not in first.svg
 

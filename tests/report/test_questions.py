@@ -8,7 +8,7 @@ import pytest
 from hand_made_runs import edit, write_run
 
 from lightning_base.report.document import build
-from lightning_base.report.table import Table
+from lightning_base.report.tables import Table
 from lightning_base.report.write import write_report
 
 STEPS = 4

@@ -8,8 +8,8 @@ import pytest
 from hand_made_runs import edit, write_run, write_seeds
 
 from lightning_base.report.document import Section, build
-from lightning_base.report.table import Table
-from lightning_base.report.tabular import latex, numbers_csv, table_csv, table_latex
+from lightning_base.report.formats import latex, render, table_csv
+from lightning_base.report.tables import Table, numbers_table
 
 
 def table_of(section: Section, start: str) -> Table:
@@ -169,7 +169,7 @@ def test_csv_has_the_cells_and_numbers_are_unrounded(tmp_path: Path) -> None:
     (section,) = build(tmp_path).sections
     rows = list(csv.reader(io.StringIO(table_csv(section.tables[0]))))
     assert rows == [section.tables[0].headings, *section.tables[0].rows]
-    numbers = list(csv.DictReader(io.StringIO(numbers_csv(section.comparison, section.labels))))
+    numbers = list(csv.DictReader(io.StringIO(table_csv(numbers_table(section.comparison.arms)))))
     losses = [row for row in numbers if row["measure"] == "validation loss"]
     assert [(row["arm"], row["seed"], float(row["value"])) for row in losses][3:] == [
         ("Switch", "1", 4.0),
@@ -183,9 +183,9 @@ def test_latex_is_escaped_and_has_a_cell_for_every_column(tmp_path: Path) -> Non
     write_seeds(tmp_path, BASE=(5.0, 5.2, 5.4), Switch=(4.0, 4.6, 4.9))
     (section,) = build(tmp_path).sections
     for table in section.tables:
-        lines = table_latex(table).splitlines()
+        lines = render("table.tex", table=table).splitlines()
         sides = lines[1].removeprefix(r"\begin{tabular}{").removesuffix("}")
         body = lines[lines.index(r"\midrule") + 1 : lines.index(r"\bottomrule")]
         assert [line.replace(r"\&", "").count(" & ") + 1 for line in body] == [len(sides)] * len(table.rows)
-    assert r"\textbf{$-$0.7000 $\pm$ 0.6572}" in table_latex(section.tables[0])
-    assert r"BASE\dag{}" in table_latex(section.tables[0])
+    assert r"\textbf{$-$0.7000 $\pm$ 0.6572}" in render("table.tex", table=section.tables[0])
+    assert r"BASE\dag{}" in render("table.tex", table=section.tables[0])

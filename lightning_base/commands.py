@@ -1,0 +1,49 @@
+"""The programs of this package: ``lightning-base train ...``, or the file of that name in ``experiments/``.
+
+Everything is imported late: OpenMP reads its settings when torch is loaded.
+"""
+
+import os
+import sys
+from collections.abc import Callable
+from importlib import import_module
+
+PROGRAMS = {
+    "train": ("program", "trains one arm, or a sweep of arms: train experiment=compare seed=1,2,3"),
+    "report": ("report.write", "tables and figures of what has run: report runs/compare"),
+    "analysis": ("analysis.command", "what the experts of a finished run have learnt: analysis runs/compare/JOB"),
+    "export": ("export", "the model of a run as model.safetensors with a JSON beside it: export runs/compare/JOB"),
+    "benchmark": ("benchmark.command", "measures layer, step, harness, start, data and solver: benchmark all --quick"),
+}
+
+
+def run(name: str) -> int:
+    """Runs a program on the arguments of this process; gives its exit code."""
+    # Threads that sleep while they wait cost little on a quiet machine and save much on a busy one.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if name == "train":
+        from lightning_base.distributed.forked import trains_elsewhere, warm_up
+
+        if trains_elsewhere(sys.argv[1:]):
+            # It imports the training code while this process imports Hydra and checks what it was given.
+            warm_up("lightning_base.train")
+    main: Callable[[], int | None] = import_module(f"lightning_base.{PROGRAMS[name][0]}").main
+    return main() or 0
+
+
+def main() -> int:
+    """``lightning-base PROGRAM ...``; 2 if there is no such program."""
+    name = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if name in PROGRAMS:
+        del sys.argv[1]
+        return run(name)
+    if name not in ("-h", "--help"):
+        from lightning_base.instantiation import did_you_mean
+
+        print(f"error: {name} is no program of lightning-base{did_you_mean(name, PROGRAMS)}", file=sys.stderr)
+        return 2
+    print("usage: lightning-base PROGRAM [...], where PROGRAM is one of\n")
+    for known, (_, tells) in PROGRAMS.items():
+        print(f"  {known:<10} {tells}")
+    print("\nlightning-base PROGRAM --help tells more.")
+    return 0

@@ -1,0 +1,108 @@
+"""One table, and one document, in every format: HTML, Markdown, LaTeX, CSV, and the columns of a terminal."""
+
+import base64
+import csv
+import io
+import json
+import re
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+from markupsafe import escape as escape_html
+
+from lightning_base.report.document import Document
+from lightning_base.report.read import printable
+from lightning_base.report.tables import Strong, Table
+from lightning_base.report.words import TEMPLATES, WORDS
+
+if TYPE_CHECKING:  # matplotlib takes a moment
+    from lightning_base.report.drawing import Picture
+
+LATEX = {c: f"\\{c}" for c in "&%$#_{}"} | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}"}
+LATEX |= {"^": r"\textasciicircum{}", "±": r"$\pm$", "−": "$-$", "–": "--", "†": r"\dag{}", "‡": r"\ddag{}"}
+LATEX |= {"§": r"\S{}", "¶": r"\P{}"}
+# Braces are LaTeX's own.
+MARKS: dict[str, Any] = {"block_start_string": "<%", "block_end_string": "%>"}
+MARKS |= {"variable_start_string": "<<", "variable_end_string": ">>"}
+
+
+def render(template: str, *folders: Path, **what: Any) -> str:
+    """Fills a template with what comes from files, escaped as the template's format asks.
+
+    Args:
+        template: the file's name; its ending is the format.
+        folders: with templates, besides the report's.
+        what: the template's variables.
+    """
+    suffix = template.rpartition(".")[2]
+    escape = {"html": escape_html, "md": markdown, "tex": latex, "txt": printable}[suffix]
+    environment = Environment(
+        **(MARKS if suffix == "tex" else {}),
+        trim_blocks=True,
+        undefined=StrictUndefined,
+        autoescape=True,
+        finalize=lambda value: value if hasattr(value, "__html__") else Markup(escape(str(value))),
+        loader=FileSystemLoader([*folders, TEMPLATES]),
+    )
+    environment.tests["strong"] = lambda text: isinstance(text, Strong)
+    environment.filters |= {"columns": columns, "command": shlex.join}
+    environment.filters["encoded"] = lambda content: base64.b64encode(content).decode()
+    environment.filters["json"] = lambda content: json.dumps(content, indent=2)
+    environment.filters["yaml"] = lambda content: yaml.safe_dump(content, sort_keys=False)
+    # Cells break before an interval only: a column is then as narrow as its mean.
+    environment.filters["glued"] = lambda text: re.sub(" (?![±(])", "\u00a0", text)
+    return environment.get_template(template).render(what)
+
+
+def page(template: str, document: Document, pictures: Sequence[Sequence["Picture"]] = (), folder: str = "") -> str:
+    """A page of the whole report; those that do not hold their figures find them as files in ``folder``.
+
+    Args:
+        template: ``report.html`` needs nothing else; ``report.md``; ``report.txt`` has answers and short tables alone.
+        document: what it says.
+        pictures: the figures of each section.
+        folder: with a file for each figure.
+    """
+    drawn = pictures or [()] * len(document.sections)
+    sections = [(part, prefix(document, i), drawn[i]) for i, part in enumerate(document.sections)]
+    more = {"kind": "report", "headings": WORDS["headings"], "folder": folder, "left_out": document.left_out}
+    return render(template, name=document.title, sections=sections, **more)
+
+
+def prefix(document: Document, i: int) -> str:
+    """What the names of the files of a section begin with, where there are several."""
+    return f"{i + 1}_" if len(document.sections) > 1 else ""
+
+
+def columns(table: Table) -> str:
+    """A table in columns, headings broken at spaces so that it stays narrow."""
+    words = [name.split() for name in table.headings]
+    height = max(map(len, words))
+    headings = zip(*([""] * (height - len(word)) + word for word in words), strict=True)
+    # By column: each as wide as its widest cell, the first one to the left.
+    sized = [(max(map(len, cells)), cells) for cells in zip(*headings, *table.rows, strict=True)]
+    grid = [[cell.rjust(width) if j else cell.ljust(width) for cell in cells] for j, (width, cells) in enumerate(sized)]
+    lines = ["  ".join(line).rstrip() for line in zip(*grid, strict=True)]
+    return "\n".join([*lines[:height], "-" * len(max(lines, key=len)), *lines[height:]])
+
+
+def markdown(text: str) -> str:
+    """Text that Markdown shows as it is."""
+    return re.sub(r"([\\`*_\[\]<>|#~])", r"\\\1", printable(" ".join(text.split())))
+
+
+def latex(text: str) -> str:
+    """Text that LaTeX sets as it is."""
+    return "".join(LATEX.get(c, c) for c in printable(" ".join(text.split())))
+
+
+def table_csv(table: Table) -> str:
+    """The cells as they are shown, under headings that name their group."""
+    file = io.StringIO()
+    csv.writer(file, lineterminator="\n").writerows([table.headings, *table.rows])
+    return file.getvalue()

@@ -1,0 +1,161 @@
+"""What a run starts from: its newest checkpoint that can be loaded, one that was given, or nothing."""
+
+import shutil
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_base.checkpoint import CheckpointError, checkpoints, load, sweep_temporaries, verify
+from lightning_base.claim import CLAIM, RANKS
+from lightning_base.instantiation import ConfigError
+from lightning_base.run_directory import RunDirectory
+
+AUTO, NEVER = "auto", "never"
+
+
+@dataclass(frozen=True)
+class PassedOver:
+    """A checkpoint that could not be used, and why."""
+
+    checkpoint: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins.
+
+    Attributes:
+        checkpoint: what to load; None begins anew.
+        step: the optimizer steps done there.
+        logs: how long the files of the run's log were when it was saved; what they have gained since is cut.
+        passed_over: newer checkpoints that could not be used.
+    """
+
+    checkpoint: Path | None = None
+    step: int | None = None
+    logs: dict[str, int] | None = None
+    passed_over: tuple[PassedOver, ...] = ()
+
+
+def find_start(run: RunDirectory, resume: str, module: nn.Module) -> Start:
+    """The newest checkpoint that fits, or the given one where the run has none of its own; the same on every rank.
+
+    Args:
+        run: whose checkpoints.
+        resume: ``auto``, ``never`` (the command has removed them: what there is has been saved since) or a path.
+        module: what has to take the weights.
+
+    Raises:
+        ConfigError: there are checkpoints, and none can be used.
+    """
+    own = checkpoints(run.checkpoints)
+    given = [] if own or resume in (AUTO, NEVER) else [Path(resume)]
+    passed: list[PassedOver] = []
+    for path in own + given:
+        reason = verify(path)
+        if reason is None:
+            try:
+                state = load(path, experts=range(0), mapped=True)
+                check_fits(path, state, module)
+            except CheckpointError as error:
+                reason = str(error)
+            else:
+                return Start(path, state["global_step"], {} if path in given else state["logs"], tuple(passed))
+        passed.append(PassedOver(str(path), reason))
+    if passed:
+        raise ConfigError(no_checkpoint_left(run, passed))
+    return Start()
+
+
+def check_fits(path: Path, state: dict[str, Any], module: nn.Module) -> None:
+    """Whether a checkpoint whose bytes are right can be gone on from.
+
+    Raises:
+        CheckpointError: it lacks something, or is one of another model.
+    """
+    needed = ("state_dict", "optimizer_states", "lr_schedulers", "callbacks", "loops", "global_step", "logs")
+    lacking = [name for name in needed if not isinstance(state, dict) or name not in state]
+    if lacking:
+        raise CheckpointError(f"the checkpoint {path} does not hold {', '.join(lacking)}: nothing can go on from it")
+    weights = module.state_dict()
+    odd = sorted(weights.keys() ^ state["state_dict"].keys())
+    # Of experts a rank may hold some.
+    first = {name: 1 if ".experts." in name else 0 for name in weights}
+    odd += [n for n in weights.keys() - set(odd) if weights[n].shape[first[n] :] != shape(state, n)[first[n] :]]
+    if odd:
+        raise CheckpointError(f"the checkpoint {path} is one of another model: {odd[0]} does not fit")
+
+
+def shape(state: dict[str, Any], name: str) -> torch.Size:
+    found: torch.Size = state["state_dict"][name].shape
+    return found
+
+
+def begin(run: RunDirectory, start: Start) -> None:
+    """On the first rank: sweeps what a killed save has left, cuts the logs, and keeps where the run begins."""
+    sweep_temporaries(run.checkpoints)
+    run.cut_logs(start.logs or {})
+    run.reserve_room()
+    for passed in start.passed_over:
+        print(f"passing over a checkpoint: {passed.reason}", file=sys.stderr, flush=True)
+    if start.checkpoint is None:
+        return
+    if start.passed_over:
+        print(f"going on from {start.checkpoint}", file=sys.stderr, flush=True)
+    manifest = run.manifest()
+    resumes = [*manifest.get("resumes", []), {"step": start.step, "checkpoint": str(start.checkpoint)}]
+    resumes[-1] |= {"time": time.time(), "passed_over": [asdict(passed) for passed in start.passed_over]}
+    run.write_manifest(resumes=resumes)
+    if start.checkpoint.resolve().parent != run.checkpoints.resolve():
+        run.write_manifest(started_from={"checkpoint": str(start.checkpoint), "step": start.step})
+
+
+def check_resume(run: RunDirectory, resume: str) -> None:
+    """Before a job is launched: whether there is anything to start from that it asks for.
+
+    Raises:
+        ConfigError: no checkpoint of the run is whole, or the given one is not.
+    """
+    own = checkpoints(run.checkpoints)
+    if resume == NEVER:
+        return
+    if resume != AUTO and Path(resume).resolve().parent == run.checkpoints.resolve():
+        raise ConfigError(
+            f"resume={resume} is a checkpoint of this very run, which goes on from its newest: remove those after it"
+        )
+    if resume != AUTO and not own:
+        problem = verify(Path(resume))
+        if problem:
+            raise ConfigError(f"resume={resume}: {problem}; give auto, never or a checkpoint that a run has left")
+    passed = []
+    for path in own:
+        problem = verify(path)
+        if problem is None:
+            return
+        passed.append(PassedOver(str(path), problem))
+    if passed:
+        raise ConfigError(no_checkpoint_left(run, passed))
+
+
+def start_over(run: RunDirectory) -> None:
+    """Removes what a run has left. A status stays until there is another one: without, the folder is nobody's."""
+    if run.status():
+        run.write_status("running")
+    for path in run.path.iterdir():
+        if path.name in ("status.json", CLAIM, RANKS):
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def no_checkpoint_left(run: RunDirectory, passed: list[PassedOver]) -> str:
+    reasons = "; ".join(each.reason for each in passed)
+    return f"no checkpoint in {run.checkpoints} can be used: {reasons}. Start over with resume=never"

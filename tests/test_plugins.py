@@ -1,0 +1,138 @@
+"""Routers of another package: named on the command line, written into the certificate, refused where not declared."""
+
+import sys
+from pathlib import Path
+
+import program
+import pytest
+
+from lightning_base import plugins
+from lightning_base.instantiation import ConfigError
+
+SOURCE = '''
+import torch
+from lightning_base import Router, RoutingPlan
+from lightning_base.routing.plan import count_by_group
+
+
+class MyRouter(Router):
+    """The expert is the token's number, moved by an offset."""
+
+    def __init__(self, *, num_experts: int, offset: int = 1) -> None:
+        super().__init__(num_experts=num_experts)
+        self.offset = offset
+
+    def forward(self, tokens, token_ids, groups):
+        token_index = torch.arange(len(tokens))
+        expert_index = (token_ids + self.offset) % self.num_experts
+        demand = count_by_group(groups, self.num_experts, token_index, expert_index)
+        return RoutingPlan(
+            token_index=token_index,
+            expert_index=expert_index,
+            weight=tokens.new_ones(len(tokens)),
+            group_demand=demand,
+            groups=groups,
+        )
+
+
+class NoRouter:
+    pass
+'''
+
+
+def install(folder: Path, package: str, name: str | None = None) -> None:
+    """A package with a router in ``folder``; with ``name``, as installed with an entry point of that name."""
+    (folder / package).mkdir(parents=True)
+    (folder / package / "__init__.py").write_text(SOURCE)
+    if name is not None:
+        information = folder / f"{package}-1.2.dist-info"
+        information.mkdir()
+        (information / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.2\n")
+        (information / "top_level.txt").write_text(f"{package}\n")
+        (information / "entry_points.txt").write_text(f"[{plugins.GROUP}]\n{name} = {package}:MyRouter\n")
+
+
+def test_a_sweep_over_a_router_of_ours_and_one_of_theirs(
+    small_corpus: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(tmp_path / "site", "their_package")
+    install(tmp_path / "site", "installed_package", "theirs")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"), prepend=":")
+    done = program.train_anew(
+        "-m",
+        *small_corpus,
+        "plugins=[their_package]",
+        "router=their_package.MyRouter,theirs",
+        "++router.offset=3",
+        "trainer.max_steps=2",
+        f"runs_dir={tmp_path}",
+    )
+    assert done.returncode == 0, done.stderr
+    by_router = {
+        program.read(path)["config"]["router"]["_target_"]: program.read(path)
+        for path in tmp_path.rglob("manifest.json")
+    }
+    assert set(by_router) == {"their_package.MyRouter", "installed_package.MyRouter"}
+    for manifest in by_router.values():
+        assert (manifest["ledger"]["router"], manifest["ledger"]["num_experts"]) == ("MyRouter", 8)
+        assert manifest["config"]["router"]["offset"] == 3
+    found = by_router["installed_package.MyRouter"]["plugin"]
+    assert (found["package"], found["version"]) == ("installed_package", "1.2")
+    # The two packages have the same source, and no compiled file or folder name is in the hash.
+    assert found["source_sha256"] == by_router["their_package.MyRouter"]["plugin"]["source_sha256"]
+    assert by_router["their_package.MyRouter"]["plugin"]["version"] == "none"
+
+
+def test_the_hash_of_a_source_changes_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(tmp_path, "changing_package")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    before = plugins.source_hash("changing_package")
+    with open(tmp_path / "changing_package" / "__init__.py", "a") as file:
+        file.write("# more\n")
+    assert plugins.source_hash("changing_package") != before
+
+
+@pytest.fixture
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    install(tmp_path, "declared_package")
+    (tmp_path / "broken_package.py").write_text("1 / 0\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield tmp_path
+    for name in ("declared_package", "shadowing_package", "twice_package"):
+        sys.modules.pop(name, None)
+
+
+MISTAKES = {
+    "not declared": (["router=declared_package.MyRouter"], "is not declared: add plugins=[declared_package]"),
+    "another package is": (
+        ["plugins=[declared_package]", "router=base,json.JSONDecoder"],
+        "router=json.JSONDecoder is of a package that is not declared",
+    ),
+    "not installed": (["plugins=[nowhere_package]"], "plugins=nowhere_package cannot be imported (ModuleNotFoundError"),
+    "does not import": (["plugins=[broken_package]"], "broken_package cannot be imported (ZeroDivisionError"),
+    "ours": (["plugins=[lightning_base.train]"], "plugins=lightning_base.train is no package of yours"),
+    "no router": (["plugins=[declared_package]", "router=declared_package.NoRouter"], "is not a Router"),
+    "what it imports": (
+        ["plugins=[declared_package]", "router=declared_package.RoutingPlan"],
+        "it only passes through declared_package",
+    ),
+    "no such class": (["plugins=[declared_package]", "router=declared_package.MyRoute"], "does not exist"),
+}
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+def test_a_router_that_cannot_be_used_is_refused(case: str, site: Path) -> None:
+    arguments, sentence = MISTAKES[case]
+    with pytest.raises(ConfigError) as error:
+        plugins.store_routers(arguments, ["base"])
+    assert sentence in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_an_installed_router_may_not_have_the_name_of_ours_or_of_another(site: Path) -> None:
+    install(site, "shadowing_package", "base")
+    with pytest.raises(ConfigError, match="has the name of a router of lightning_base"):
+        plugins.store_routers([], ["base"])
+    install(site, "twice_package", "base")
+    with pytest.raises(ConfigError, match="two installed packages name a router base"):
+        plugins.store_routers([], [])
