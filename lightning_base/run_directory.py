@@ -154,6 +154,8 @@ class RunDirectory:
         """Whether there is something here that no job of ours left."""
         if not self.path.exists() or (self.path / "status.json").exists():
             return False
+        if (self.path / CLAIM).exists() and (self.path / CLAIM).stat().st_size:
+            return False  # a command that has just begun, or was killed then
         return any(path.name not in (CLAIM, RANKS) for path in self.path.iterdir())
 
 

@@ -32,9 +32,9 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Built from a copy, so that nothing is left in the repository."""
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
-    shutil.copytree(
-        REPOSITORY / "lightning_base", source / "lightning_base", ignore=shutil.ignore_patterns("__pycache__")
-    )
+    for folder_name in ("lightning_base", "conf"):
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(REPOSITORY / folder_name, source / folder_name, symlinks=True, ignore=ignored)
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(REPOSITORY / name, source)
     pip = (sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check")
@@ -86,7 +86,7 @@ def python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return interpreter
 
 
-def test_the_wheel_holds_the_package_and_no_tests_or_configuration(wheel: Path) -> None:
+def test_the_wheel_holds_the_package_with_its_configuration_and_no_tests(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.partition("/")[0] for name in names if not name.startswith("lightning_base-")} == {"lightning_base"}
     sources = {
@@ -94,6 +94,7 @@ def test_the_wheel_holds_the_package_and_no_tests_or_configuration(wheel: Path) 
         for path in (REPOSITORY / "lightning_base").rglob("*")
         if path.is_file() and "__pycache__" not in path.parts
     }
+    sources |= {f"lightning_base/{path.relative_to(REPOSITORY)}" for path in (REPOSITORY / "conf").rglob("*.yaml")}
     assert {name for name in names if name.startswith("lightning_base/")} == sources
 
 
@@ -153,3 +154,29 @@ def test_every_part_of_the_package_imports_with_the_declared_dependencies(python
     for tool in ("hypothesis", "beartype", "nbmake"):
         missing = subprocess.run([python, "-I", "-c", f"import {tool}"], cwd=tmp_path, capture_output=True, text=True)
         assert "ModuleNotFoundError" in missing.stderr, "the environment is not as empty as it should be"
+
+
+@pytest.mark.exhaustive
+def test_the_command_sweeps_and_reports_in_an_empty_folder(
+    python: Path, small_corpus: list[str], tmp_path: Path
+) -> None:
+    own, empty = tmp_path / "own" / "experiment", tmp_path / "empty"
+    own.mkdir(parents=True)
+    empty.mkdir()
+    (own / "mine.yaml").write_text("# @package _global_\ntrainer:\n  max_steps: 2\n")
+    command = (python, "-I", python.with_name("lightning-base"))
+    mine = ("--config-dir", own.parent, "experiment=mine", "name=two", "router=base,switch")
+    run(*command, "train", "-m", *mine[:2], *small_corpus, *mine[2:], cwd=empty)
+    assert {path.name for path in empty.iterdir()} == {"runs"}
+    run(*command, "report", "runs/two", cwd=empty)
+    assert "Switch" in (empty / "runs" / "two" / "report.html").read_text()
+    assert "capacity_factor: 1.25" in run(*command, "train", "--cfg", "job", "router=switch", cwd=empty)
+    # The wheel's own files, not those of the repository.
+    assert str(python.parents[1]) in run(*command, "train", "--info", "searchpath", cwd=empty)
+
+
+def test_a_program_that_is_not_there_gets_one_sentence(python: Path, tmp_path: Path) -> None:
+    command = [python, "-I", python.with_name("lightning-base"), "trane"]
+    wrong = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert wrong.returncode == 2
+    assert wrong.stderr == "error: trane is no program of lightning-base; did you mean train?\n"
