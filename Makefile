@@ -66,7 +66,9 @@ ablations: setup-dev  ## All experiments, one after the other; those that are do
 
 .PHONY: claims
 claims: setup-dev  ## Runs what the paper's claims are judged by, goes on where it was, and fills docs/claims.md
-	@for name in $(CLAIMS); do $(MAKE) --no-print-directory experiment EXPERIMENT=$$name || exit; done
+	@for name in $(CLAIMS); do \
+		$(MAKE) --no-print-directory experiment EXPERIMENT=$$name ARGS="hydra/launcher=parallel $(ARGS)" || exit; \
+	done
 	@$(BIN)/python experiments/claims.py "$(RUNS)" $(ARGS)
 
 .PHONY: report
