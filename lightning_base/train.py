@@ -364,6 +364,8 @@ def write_failure(job: RunDirectory, rank: int, error: BaseException) -> None:
             "rank": rank,
             "restart": int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)),
             "error": f"{type(error).__name__}: {error}",
+            # All ranks fail with one whose part of a checkpoint cannot be written; only that one knows the cause.
+            "elsewhere": isinstance(error, checkpoint.CheckpointError) and error.__cause__ is None,
             "traceback": "".join(traceback.format_exception(error)),
         },
     )

@@ -27,6 +27,7 @@ from lightning_base.benchmark.ledger import Ledger, charge_module, charge_traine
 from lightning_base.benchmark.record import Form, Record, ratio_record
 from lightning_base.config import Config
 from lightning_base.data.loader import TrainingLoader
+from lightning_base.distributed.heartbeat import Heartbeat
 from lightning_base.run_directory import RunDirectory
 
 TURN = 10  # steps in turn: as many as lie between two logged steps, so that each turn holds one
@@ -77,7 +78,8 @@ def compare(router: str, turns: int, overrides: tuple[str, ...] = ()) -> list[Re
             patch.object(train, "build_module", lambda *a: turned.take_module(make_module(*a))),
             patch.object(train, "build_trainer", lambda *a: turned.take_trainer(make_trainer(*a))),
         ):
-            train.run(config, run.path)
+            # With the signs of life that a rank gives at every stage of a step.
+            train.run(config, run.path, Heartbeat(run.heartbeats, 0))
         check_losses(run, turned.bare)
     return turned.records(f"{router}, width {config.model.width}")
 

@@ -148,7 +148,10 @@ class Watch:
             if rank in signals:
                 return Verdict(f"rank {rank} was asked to stop by {signals[rank].name}", None, rank, asked=True)
         if left:
-            first = min(left, key=lambda found: (bool(IN_VAIN.search(found["error"])), found["time"]))
+            first = min(
+                left,
+                key=lambda found: (found.get("elsewhere", False), bool(IN_VAIN.search(found["error"])), found["time"]),
+            )
             return Verdict(first["error"], first["traceback"], first["rank"])
         if by_signal:
             return Verdict(f"the process that starts the ranks was killed by {signal.Signals(code - 128).name}")
