@@ -21,7 +21,7 @@ AT_ONCE = 2
 def copy(folder: Path) -> Path:
     """The project in a folder of its own, with Numba's compiled code, which knows its source by the time it changed."""
     for name in COPIED:
-        shutil.copytree(REPOSITORY / name, folder / name, copy_function=shutil.copy2)
+        shutil.copytree(REPOSITORY / name, folder / name, symlinks=True, copy_function=shutil.copy2)
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy2(REPOSITORY / name, folder)
     return folder

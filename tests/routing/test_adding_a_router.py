@@ -74,7 +74,7 @@ def run_router_tests(folder: Path, *which: str) -> subprocess.CompletedProcess:
     """Runs the tests of every router in a copy of the project to which two were added."""
     ignore = shutil.ignore_patterns("__pycache__", "*.nbi", "*.nbc")
     for name in ("lightning_base", "conf", "tests"):
-        shutil.copytree(program.REPOSITORY / name, folder / name, ignore=ignore)
+        shutil.copytree(program.REPOSITORY / name, folder / name, symlinks=True, ignore=ignore)
     shutil.copy(program.REPOSITORY / "pyproject.toml", folder)
     add(folder, "nearest", ROUTER)
     add(folder, "looks_ahead", LOOKS_AHEAD)
