@@ -22,11 +22,11 @@ def run(name: str) -> int:
     # Threads that sleep while they wait cost little on a quiet machine and save much on a busy one.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if name == "train":
-        from lightning_base.distributed.forked import trains_elsewhere, warm_up
+        from lightning_base.program.processes.forked import trains_elsewhere, warm_up
 
         if trains_elsewhere(sys.argv[1:]):
             # It imports the training code while this process imports Hydra and checks what it was given.
-            warm_up("lightning_base.train")
+            warm_up("lightning_base.program.rank")
     main: Callable[[], int | None] = import_module(f"lightning_base.{PROGRAMS[name][0]}").main
     return main() or 0
 
