@@ -9,7 +9,7 @@ from collections.abc import Callable
 from importlib import import_module
 
 PROGRAMS = {
-    "train": ("program", "trains one arm, or a sweep of arms: train experiment=compare seed=1,2,3"),
+    "train": ("program.command", "trains one arm, or a sweep of arms: train experiment=compare seed=1,2,3"),
     "report": ("report.write", "tables and figures of what has run: report runs/compare"),
     "analysis": ("analysis.command", "what the experts of a finished run have learnt: analysis runs/compare/JOB"),
     "export": ("export", "the model of a run as model.safetensors with a JSON beside it: export runs/compare/JOB"),
