@@ -140,7 +140,8 @@ def check_run_directory(run: RunDirectory, plain: dict[str, Any]) -> bool:
             raise
         raise ConfigError(f"the run directory {path} cannot be used ({error}): {remedy}") from error
     # A run that is older than this key was watched as the default has it.
-    before.setdefault("callbacks", plain.get("callbacks"))
+    if isinstance(before, dict):
+        before.setdefault("callbacks", plain.get("callbacks"))
     owner = read_owner(run.path)
     if owner is not None and is_here_and_alive(owner):
         raise ConfigError(in_use(run.path, owner))
