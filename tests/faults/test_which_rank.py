@@ -138,7 +138,10 @@ BROKEN = {
 def broken(
     small_corpus: list[str], routers: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[tuple[str, str], Path]:
-    """The jobs of a sweep, by their strategy and where one of their ranks raises; a forward pass is in test_a_job_that_fails.py."""
+    """The jobs of a sweep, by their strategy and where one of their ranks raises.
+
+    One that raises in the forward pass is in test_a_job_that_fails.py.
+    """
     runs = tmp_path_factory.mktemp("broken")
     arms = (f"router.place={','.join(BROKEN)}", "strategy=ddp,expert_parallel")
     done = program.train(
