@@ -3,7 +3,9 @@
 import os
 import signal
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import program
 import psutil
@@ -82,36 +84,64 @@ def routers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_a_rank_that_hangs_is_named_with_its_stack(
-    strategy: str, small_corpus: list[str], routers: Path, tmp_path: Path
-) -> None:
-    began = time.time()
-    arm = ("router=breaking", "router.place=hang", f"strategy={strategy}")
-    done = program.train("-m", *small_corpus, *RANKS, *arm, f"runs_dir={tmp_path}", routers=routers)
-    status = program.read(program.only_job(tmp_path) / "status.json")
-    assert (done.returncode, status["state"], status["rank"]) == (1, "failed", 1), done.stderr
-    assert "rank 1 does not answer after step 2, in the forward pass" in status["error"]
-    assert "breaking.py" in status["traceback"]
-    assert wait_until_gone(tmp_path) == []
-    assert status["updated"] - began < TIMEOUT + 2 * SLACK
+@dataclass
+class Ended:
+    """A command that has ended: its exit code, what it printed, its job and how many seconds its end took."""
+
+    code: int | None
+    errors: str
+    run: Path
+    seconds: float
+
+    @property
+    def status(self) -> dict[str, Any]:
+        return program.read(self.run / "status.json")
 
 
-@pytest.mark.parametrize(
-    ("stopped", "strategy"), [(0, "expert_parallel"), pytest.param(1, "ddp", marks=pytest.mark.exhaustive)]
-)
-def test_a_stopped_rank_is_named(stopped: int, strategy: str, small_corpus: list[str], tmp_path: Path) -> None:
-    process = program.start(*small_corpus, *LONG, *RANKS, f"strategy={strategy}", f"runs_dir={tmp_path}")
-    directory = wait_for_step(tmp_path, 13, process)
-    os.kill(rank_processes(directory)[stopped], signal.SIGSTOP)
-    began = time.time()
-    _, errors = process.communicate(timeout=TIMEOUT + 120)
-    status = program.read(directory / "status.json")
-    assert (process.returncode, status["state"], status["rank"]) == (1, "failed", stopped), errors
-    assert f"rank {stopped} is stopped (SIGSTOP) after step" in status["error"]
-    assert status["traceback"] is not None, "what the other rank said of it"
-    assert wait_until_gone(tmp_path) == []
-    assert status["updated"] - began < TIMEOUT + SLACK
+@pytest.fixture(scope="module", params=STRATEGIES)
+def ended(
+    request: pytest.FixtureRequest, small_corpus: list[str], routers: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Ended]:
+    """Two jobs at a time, which wait for most of theirs: in one rank 1 hangs, in the other one is stopped."""
+    folders = {name: tmp_path_factory.mktemp(name) for name in ("hanging", "stopped")}
+    common = (*small_corpus, *RANKS, f"strategy={request.param}")
+    hang = ("router=breaking", "router.place=hang", f"runs_dir={folders['hanging']}")
+    began = {"hanging": time.time()}
+    commands = {
+        "hanging": program.start("-m", *common, *hang, routers=routers),
+        "stopped": program.start(*common, *LONG, f"runs_dir={folders['stopped']}"),
+    }
+    run = wait_for_step(folders["stopped"], 13, commands["stopped"])
+    os.kill(rank_processes(run)[stopped_rank(request.param)], signal.SIGSTOP)
+    began["stopped"] = time.time()
+    found = {}
+    for name, command in commands.items():
+        _, errors = command.communicate(timeout=TIMEOUT + 200)
+        path = program.only_job(folders[name])
+        seconds = program.read(path / "status.json")["updated"] - began[name]
+        found[name] = Ended(command.returncode, errors, path, seconds)
+        assert wait_until_gone(folders[name]) == []
+    return found
+
+
+def stopped_rank(strategy: str) -> int:
+    return 0 if strategy == "expert_parallel" else 1
+
+
+def test_a_rank_that_hangs_is_named_with_its_stack(ended: dict[str, Ended]) -> None:
+    job = ended["hanging"]
+    assert (job.code, job.status["state"], job.status["rank"]) == (1, "failed", 1), job.errors
+    assert "rank 1 does not answer after step 2, in the forward pass" in job.status["error"]
+    assert "breaking.py" in job.status["traceback"]
+    assert job.seconds < TIMEOUT + 2 * SLACK
+
+
+def test_a_stopped_rank_is_named(ended: dict[str, Ended]) -> None:
+    job = ended["stopped"]
+    stopped = stopped_rank(OmegaConf.load(job.run / ".hydra" / "config.yaml").strategy.name)
+    assert (job.code, job.status["state"], job.status["rank"]) == (1, "failed", stopped), job.errors
+    assert f"rank {stopped} is stopped (SIGSTOP) after step" in job.status["error"]
+    assert job.seconds < TIMEOUT + SLACK
 
 
 @pytest.mark.exhaustive
