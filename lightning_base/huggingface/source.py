@@ -103,6 +103,9 @@ def sized(values: Mapping[str, Any], found: Any, vocab_size: int | None) -> dict
             raise ConfigError(
                 f"model.config.{key}={value}: dropout would differ with the ranks and after a resume; set it to 0"
             )
+        alias = names.get(key)
+        if alias in values:
+            raise ConfigError(f"model.config.{alias} and model.config.{key} are the same option: give one of them")
         result[key] = value
     width, heads = (result.get(key, result.get(names.get(key, ""))) for key in ("hidden_size", "num_attention_heads"))
     if heads and "num_key_value_heads" in known:

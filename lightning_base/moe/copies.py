@@ -18,10 +18,12 @@ class ExpertLinear(nn.Module):
     """The linear layers of E experts as one: each row meets the matrix of its expert.
 
     Attributes:
-        counts: rows of each expert in the next call; set by ``FeedForwardExperts``.
+        counts: rows of each expert in the next call, [E]; set by ``FeedForwardExperts``.
+        equal: whether they are all the same.
     """
 
     counts: Tensor
+    equal: bool
 
     def __init__(self, weight_EMN: Float[Tensor, "E M N"], bias_EN: Float[Tensor, "E N"] | None) -> None:
         super().__init__()
@@ -29,9 +31,7 @@ class ExpertLinear(nn.Module):
         self.bias = None if bias_EN is None else nn.Parameter(bias_EN)
 
     def forward(self, x_AM: Float[Tensor, "A M"]) -> Float[Tensor, "A N"]:
-        # Asked by each matrix: the module that holds them knows nothing of experts.
-        equal = len(self.counts) > 1 and len(x_AM) > 0 and bool((self.counts == self.counts[0]).all())
-        result_AN = expert_matmul(x_AM, self.weight, self.counts, equal)
+        result_AN = expert_matmul(x_AM, self.weight, self.counts, self.equal)
         if self.bias is None:
             return result_AN
         bias_AN = self.bias.repeat_interleave(self.counts, dim=0, output_size=len(x_AM))
@@ -106,9 +106,11 @@ class FeedForwardExperts(nn.Module):
             counts: tokens per expert, summing to A.
         """
         if self.together:
+            # Once for all products, as in ``experts.any_experts``.
+            equal = len(counts) > 1 and len(tokens_AD) > 0 and bool((counts == counts[0]).all())
             for part in self.network.modules():
                 if isinstance(part, ExpertLinear):
-                    part.counts = counts
+                    part.counts, part.equal = counts, equal
             result_AD: Tensor = self.network(tokens_AD)
             return result_AD
         # Taken apart at once: each expert's gradient would otherwise be as large as that of all.
