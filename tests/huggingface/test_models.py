@@ -3,17 +3,30 @@
 B sequences, L positions, E experts.
 """
 
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from huggingface.tiny_models import GROUP, LENGTH, SEQUENCES, VOCABULARY, WIDTH, by_hand, options, some_ids, sparse
+from huggingface.tiny_models import (
+    GROUP,
+    LENGTH,
+    SEQUENCES,
+    SIZES,
+    VOCABULARY,
+    WIDTH,
+    by_hand,
+    options,
+    some_ids,
+    sparse,
+)
 from torch import nn
 
 from lightning_base.instantiation import ConfigError
 from lightning_base.model import shared_parameters, weights_fingerprint
+from lightning_base.module import LanguageModel
 from lightning_base.routing import BASE, Dense, GShard, Hash, Router, Switch, TopK, Uniform
 
 KINDS = ("gpt2", "llama", "qwen2")
@@ -281,3 +294,40 @@ def test_weights_that_do_not_fit_their_configuration_are_refused(folders: dict[s
     (tmp_path / "model.safetensors").symlink_to(folders["gpt2"] / "model.safetensors")
     with pytest.raises(ConfigError, match=r"do not fit its config\.json \(missing_keys: transformer\.h\.2"):
         sparse(str(tmp_path))
+
+
+def test_matrices_of_experts_decay_and_their_biases_do_not() -> None:
+    module = LanguageModel(
+        router={"_target_": "lightning_base.routing.uniform.Uniform", "num_experts": 4},
+        model={"library": "transformers", "config": {"model_type": "gpt2", **SIZES}},
+        optimizer={
+            "learning_rate": 1e-3,
+            "router_learning_rate_factor": 1.0,
+            "weight_decay": 0.5,
+            "betas": [0.9, 0.95],
+            "warmup_steps": 0,
+            "final_learning_rate": 0.0,
+            "schedule": "constant",
+        },
+        max_steps=1,
+        vocab_size=VOCABULARY,
+        sequence_length=LENGTH,
+        routing_group=GROUP,
+        seed=0,
+    )
+    decayed, kept, _ = module.configure_optimizers()["optimizer"].param_groups
+    names = {parameter: name for name, parameter in module.named_parameters()}
+    assert all(".c_" in names[p] and names[p].endswith("weight") for p in decayed["params"])
+    # Four matrices of the dense block; two of attention and two of all experts in the sparse one.
+    assert len(decayed["params"]) == 8
+    spared = [names[p] for p in kept["params"]]
+    assert sum(".experts." in name and name.endswith("bias") for name in spared) == 2
+    assert any("wte" in name for name in spared)
+
+
+def test_the_token_that_a_file_calls_padding_learns_too(folders: dict[str, Path], tmp_path: Path) -> None:
+    values = json.loads((folders["llama"] / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**values, "pad_token_id": 5}))
+    model = sparse(str(tmp_path / "config.json"))
+    model(torch.full((GROUP, LENGTH), 5)).logits.square().sum().backward()
+    assert model.network.get_input_embeddings().weight.grad[5].abs().max() > 0
