@@ -6,10 +6,10 @@ import pytest
 import torch
 from tiny_training import LENGTH, VOCABULARY, language_model
 
-from lightning_base.checkpoint import VerifiedCheckpointIO
 from lightning_base.instantiation import ConfigError
 from lightning_base.module import LanguageModel
-from lightning_base.train import load_weights
+from lightning_base.program.build import load_weights
+from lightning_base.program.checkpoint import VerifiedCheckpointIO
 
 
 def save(module: LanguageModel, path: Path) -> Path:
