@@ -25,6 +25,12 @@ class ConfigError(ValueError):
     """One sentence that names the key, what was given and what would do."""
 
 
+def require(holds: bool, key: str, value: object, accepted: str) -> None:
+    """Raises ConfigError in the one form all range errors have."""
+    if not holds:
+        raise ConfigError(f"{key}={value} is out of range: {accepted}")
+
+
 def trust(name: str) -> None:
     """Allows configurations of this process to name a class, or the classes of a package."""
     _TRUSTED.add(name)
