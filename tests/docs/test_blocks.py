@@ -1,0 +1,194 @@
+"""Every code block of every page does what the page says.
+
+Python runs, page by page. Commands are checked without what takes long (commands.py says how). In the long form those
+that train with ``model=tiny`` or ``debug=fast``, or train nothing, run too: from top to bottom, in a folder for the
+page, and what the page shows of their output has to be there. A block with ``title="..."`` is a file in that folder.
+The one way out is ``<!-- not run: reason -->`` in front of a block.
+"""
+
+import ast
+import re
+import tomllib
+from pathlib import Path
+
+import commands
+import forks
+import pages
+import pytest
+import yaml
+from forks import REPOSITORY
+from omegaconf import OmegaConf
+from pages import Block, Command
+
+PAGES = {str(page.relative_to(REPOSITORY)): page for page in pages.pages()}
+BLOCKS = {name: pages.blocks(page) for name, page in PAGES.items()}
+# What is quick, and what a page may therefore have run.
+QUICK = {"model=tiny", "debug=fast"}
+LONG_PYTHON = "torch.compile"
+
+
+def runs(command: Command) -> bool:
+    """Whether a command of a page is run, and not only checked."""
+    name, *words = command.words
+    if name == "lightning-base" and words:
+        return words[0] != "benchmark" and (words[0] != "train" or bool({*QUICK, "--cfg"} & set(words)))
+    return name == "python" and words[0].endswith(".py") and not words[0].startswith("experiments/")
+
+
+SHELL = {
+    name: [
+        command for block in found if block.kind == "bash" and not block.skip for command in pages.shell_commands(block)
+    ]
+    for name, found in BLOCKS.items()
+}
+RUN = [name for name, found in SHELL.items() if any(runs(command) for command in found)]
+PYTHON = [name for name, page in PAGES.items() if pages.python_program(page).strip()]
+
+
+def write_files(name: str, folder: Path) -> None:
+    """The files that a page asks its reader to write."""
+    for block in BLOCKS[name]:
+        if block.title:
+            (folder / block.title).parent.mkdir(parents=True, exist_ok=True)
+            (folder / block.title).write_text(block.code)
+
+
+def run_python(name: str, folder: Path, without: str | None = None) -> None:
+    """The Python blocks of a page in one process and one namespace."""
+    (folder / "page.py").write_text(pages.python_program(PAGES[name], without))
+    done = forks.run(["page.py"], folder=folder)
+    assert done.returncode == 0, f"{name}: {done.stderr}"
+
+
+def test_every_block_is_of_a_kind_that_is_tested() -> None:
+    wrong = []
+    for block in (block for found in BLOCKS.values() for block in found):
+        if block.kind not in pages.KINDS:
+            wrong.append(
+                f"{block.place}: a block of {block.kind or 'no kind'}; one of {', '.join(pages.KINDS)} would do"
+            )
+        if block.kind == "text" and re.match(r"(make|lightning-base|python|\.venv|pip|import|from) ", block.code):
+            wrong.append(f"{block.place}: this looks as if it could be run")
+        if block.title and (Path(block.title).is_absolute() or ".." in Path(block.title).parts):
+            wrong.append(f"{block.place}: the file {block.title} is not in the reader's folder")
+    assert wrong == []
+
+
+def test_no_block_hides_in_an_indentation() -> None:
+    """Markdown takes an indented paragraph for code; such a block has no kind."""
+    hidden = [
+        f"{name}: {match[0].strip()}"
+        for name, page in PAGES.items()
+        for match in re.finditer(r"(?:^|\n)(?![ *\d-])[^\n]*\n\n {4}\S[^\n]*", strip_blocks(page))
+    ]
+    assert hidden == []
+
+
+def strip_blocks(page: Path) -> str:
+    return re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+
+
+def parsed(block: Block) -> None:
+    if block.kind == "python":
+        ast.parse(block.code)
+    elif block.kind == "toml":
+        tomllib.loads(block.code)
+    elif block.kind == "yaml":
+        yaml.safe_load(block.code)
+
+
+def test_what_can_be_parsed_is() -> None:
+    for block in (block for found in BLOCKS.values() for block in found):
+        try:
+            parsed(block)
+        except (SyntaxError, yaml.YAMLError, tomllib.TOMLDecodeError) as error:
+            pytest.fail(f"{block.place}: {error}")
+
+
+def configurations(found: list[tuple[str, str]]) -> None:
+    """Raises for a configuration that would be refused; in a process that has imported the program."""
+    from hydra import compose, initialize_config_dir
+
+    from lightning_base import program
+    from lightning_base.config import read_config
+    from lightning_base.instantiation import resolve
+    from lightning_base.jobs import plain_config
+
+    for place, text in found:
+        given = OmegaConf.create(text)
+        assert OmegaConf.is_dict(given), f"{place}: no configuration"
+        if "_target_" in given:
+            if ".my_" not in given["_target_"]:
+                resolve(given["_target_"], place, object)
+            continue
+        with initialize_config_dir(str(program.CONF), version_base="1.3"):
+            config = compose("config", return_hydra_config=True)
+        OmegaConf.set_struct(config, True)
+        read_config(plain_config(OmegaConf.merge(config, given)))
+
+
+def test_configurations_would_be_accepted() -> None:
+    """One with a title is a file, which the commands of its page name."""
+    found = [
+        (block.place, block.code)
+        for blocks in BLOCKS.values()
+        for block in blocks
+        if block.kind == "yaml" and not block.title
+    ]
+    forks.call(configurations, found)
+
+
+@pytest.mark.parametrize("name", [name for name in PYTHON if name not in RUN])
+def test_the_python_of_a_page_runs(name: str, tmp_path: Path) -> None:
+    write_files(name, tmp_path)
+    run_python(name, tmp_path, without=LONG_PYTHON)
+
+
+@pytest.mark.parametrize("name", [name for name, found in SHELL.items() if found])
+def test_the_commands_of_a_page_would_start(name: str, tmp_path: Path) -> None:
+    write_files(name, tmp_path)
+    forks.call(commands.failures, [command.fields() for command in SHELL[name]], str(tmp_path), False)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("name", PAGES)
+def test_all_jobs_of_the_commands_of_a_page_and_of_its_text_would_start(name: str, tmp_path: Path) -> None:
+    write_files(name, tmp_path)
+    found = [*SHELL[name], *(span for span in pages.spans(PAGES[name]) if not is_a_form(span.words))]
+    forks.call(commands.failures, [command.fields() for command in found], str(tmp_path), True, timeout=500)
+
+
+def is_a_form(words: tuple[str, ...]) -> bool:
+    """Whether a command in the text stands for many: ``RUN=...``, ``a|b`` or a name that the reader gives."""
+    return any("..." in word or "|" in word or "my_router" in word or word.isupper() for word in words)
+
+
+def masked(text: str) -> list[str]:
+    """Lines in which every number is the same."""
+    return [re.sub(r"[\d.,]+", "#", re.sub(r"\s+", " ", line.strip())) for line in text.splitlines() if line.strip()]
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("name", RUN)
+def test_a_page_runs_from_top_to_bottom(name: str, tmp_path: Path) -> None:
+    write_files(name, tmp_path)
+    printed: list[str] = []
+    for block in BLOCKS[name]:
+        if block.kind == "bash" and not block.skip:
+            output = [run_command(command, tmp_path) for command in pages.shell_commands(block) if runs(command)]
+            printed = masked("\n".join(output))
+        elif block.kind == "text" and printed and not block.title:
+            assert [line for line in masked(block.code) if line != "#" and line not in printed] == [], block.place
+        else:
+            printed = []
+    run_python(name, tmp_path)
+
+
+def run_command(command: Command, folder: Path) -> str:
+    """What a command prints."""
+    own = command.environment.get("PYTHONPATH", "")
+    environment = {**forks.plain_environment(), **command.environment, "PYTHONPATH": f"{REPOSITORY}:{own}"}
+    start = ["-m", "lightning_base"] if command.words[0] == "lightning-base" else []
+    done = forks.run([*start, *command.words[1:]], folder=folder, environment=environment)
+    assert done.returncode == 0, f"{command.place}: {' '.join(command.words)}\n{done.stdout}\n{done.stderr}"
+    return f"{done.stdout}\n{done.stderr}"
