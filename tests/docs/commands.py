@@ -20,9 +20,9 @@ from pathlib import Path
 from forks import REPOSITORY
 from pages import Command
 
-from lightning_base import commands
+from lightning_base.program import entry
 
-PROGRAMS = {*commands.PROGRAMS, "claims"}
+PROGRAMS = {*entry.PROGRAMS, "claims"}
 PYTHON = ("python", "python3", ".venv/bin/python")
 # What a name in runs/ stands for where no experiment of the repository has it: a page trains it by itself.
 FOLDER = re.compile(r"(runs/)?[\w.-]+(/[\w.=,-]+)?")
@@ -85,6 +85,8 @@ def check_make(rest: Sequence[str], own: Path, *, whole: bool) -> None:
     done = subprocess.run(["make", "-n", *rest], cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
     if done.returncode:
         raise PageError(done.stderr.strip())
+    if refused := re.search(r"^echo \"(error: .*?)\" && exit 2", done.stdout, re.MULTILINE):
+        raise PageError(refused[1])
     for line in re.findall(r"^\s*\.venv/bin/python (experiments/.*)", done.stdout, re.MULTILINE) if whole else ():
         check(Command("make", ("python", *shell_words(line))), own, whole=True)
 
@@ -156,10 +158,10 @@ def check_train(arguments: tuple[str, ...], environment: dict[str, str], own: Pa
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
-    from lightning_base import program, sweep
-    from lightning_base.config import check_loggers, read_config
-    from lightning_base.jobs import plain_config
-    from lightning_base.plugins import store_routers
+    from lightning_base.program import command, sweep
+    from lightning_base.program.config import check_loggers, read_config
+    from lightning_base.program.job import plain_config
+    from lightning_base.program.plugins import store_routers
 
     given = get_args_parser().parse_intermixed_args(arguments)
     GlobalHydra.instance().clear()
@@ -170,8 +172,8 @@ def check_train(arguments: tuple[str, ...], environment: dict[str, str], own: Pa
         overrides.append(f"hydra.searchpath=[file://{own / given.config_dir}]")
     if whole:
         overrides = [re.sub(r"^seed=(\d+),.*", r"seed=\1", override) for override in overrides]
-    store_routers(overrides, [file.stem for file in (program.CONF / "router").glob("*.yaml")])
-    with hydra.initialize_config_dir(str(program.CONF), version_base="1.3", job_name="train"):
+    store_routers(overrides, [file.stem for file in (command.CONF / "router").glob("*.yaml")])
+    with hydra.initialize_config_dir(str(command.CONF), version_base="1.3", job_name="train"):
         opened = GlobalHydra.instance().hydra
         assert opened is not None
         config = opened.compose_config("config", overrides, run_mode=RunMode.MULTIRUN)

@@ -109,10 +109,10 @@ def configurations(found: list[tuple[str, str]]) -> None:
     """Raises for a configuration that would be refused; in a process that has imported the program."""
     from hydra import compose, initialize_config_dir
 
-    from lightning_base import program
-    from lightning_base.config import read_config
     from lightning_base.instantiation import resolve
-    from lightning_base.jobs import plain_config
+    from lightning_base.program import command
+    from lightning_base.program.config import read_config
+    from lightning_base.program.job import plain_config
 
     for place, text in found:
         given = OmegaConf.create(text)
@@ -121,7 +121,7 @@ def configurations(found: list[tuple[str, str]]) -> None:
             if ".my_" not in given["_target_"]:
                 resolve(given["_target_"], place, object)
             continue
-        with initialize_config_dir(str(program.CONF), version_base="1.3"):
+        with initialize_config_dir(str(command.CONF), version_base="1.3"):
             config = compose("config", return_hydra_config=True)
         OmegaConf.set_struct(config, True)
         read_config(plain_config(OmegaConf.merge(config, given)))
@@ -150,17 +150,54 @@ def test_the_commands_of_a_page_would_start(name: str, tmp_path: Path) -> None:
     forks.call(commands.failures, [command.fields() for command in SHELL[name]], str(tmp_path), False)
 
 
+WRONG = {
+    "make no_such_target": "No rule to make target",
+    "make experiment EXPERIMEN=gate": "the Makefile has no variable EXPERIMEN",
+    "make ablation": "say which",
+    "lightning-base trane": "trane is no program",
+    "lightning-base train router=bse": "router/bse",
+    "lightning-base train router=base,switch": "needs -m",
+    "lightning-base train -m router=base,switch trainer.max_step=4": "max_step",
+    "lightning-base train strategy=ddp trainer.devices=3": "cannot be divided",
+    "lightning-base analysis runs/compare": "runs/EXPERIMENT/JOB",
+    "lightning-base benchmark layers": "invalid choice",
+    "python experiments/no_such_program.py": "is not there",
+    "python -m pytest tests/no_such_folder": "is not there",
+    "pip install -e '.[no_such_extra]'": "no_such_extra",
+    "rm -rf runs": "no command that is understood",
+}
+
+
+def test_a_command_that_would_not_start_is_found(tmp_path: Path) -> None:
+    found = [command.fields() for line in WRONG if (command := Command.of(line, line))]
+    process = forks.start_function(commands.failures, found, str(tmp_path), False)
+    _, errors = process.communicate(timeout=240)
+    assert process.returncode == 1
+    # A line for each, and the reason after it.
+    parts = {line: errors.partition(f"{line}: ")[2][:2000] for line in WRONG}
+    assert {line: parts[line] for line, reason in WRONG.items() if reason not in parts[line]} == {}
+
+
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("name", PAGES)
 def test_all_jobs_of_the_commands_of_a_page_and_of_its_text_would_start(name: str, tmp_path: Path) -> None:
     write_files(name, tmp_path)
-    found = [*SHELL[name], *(span for span in pages.spans(PAGES[name]) if not is_a_form(span.words))]
+    spans = [span for span in pages.spans(PAGES[name]) if not is_a_form(span.words)]
+    targets = [span.words[1] for span in spans if is_a_target(span.words)]
+    makefile = (REPOSITORY / "Makefile").read_text()
+    assert [target for target in targets if f"\n{target}:" not in makefile] == []
+    found = [*SHELL[name], *(span for span in spans if not is_a_target(span.words))]
     forks.call(commands.failures, [command.fields() for command in found], str(tmp_path), True, timeout=500)
 
 
 def is_a_form(words: tuple[str, ...]) -> bool:
     """Whether a command in the text stands for many: ``RUN=...``, ``a|b`` or a name that the reader gives."""
     return any("..." in word or "|" in word or "my_router" in word or word.isupper() for word in words)
+
+
+def is_a_target(words: tuple[str, ...]) -> bool:
+    """Whether a command in the text is the name of a target alone, which may need to be told more."""
+    return words[0] == "make" and len(words) == 2
 
 
 def masked(text: str) -> list[str]:

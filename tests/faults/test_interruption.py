@@ -14,7 +14,7 @@ import pytest
 import torch
 from forks import Forked
 
-from lightning_base.distributed.heartbeat import read_beats
+from lightning_base.program.processes.heartbeat import read_beats
 
 STEPS = 60
 LONG = (f"trainer.max_steps={STEPS}", "trainer.checkpoint_every_n_steps=10", "trainer.validate_every_n_steps=20")

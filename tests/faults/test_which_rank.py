@@ -21,7 +21,7 @@ import time
 
 import torch
 
-from lightning_base.checkpoint import together
+from lightning_base.program.checkpoint import together
 from lightning_base.metrics.expert_load import ExpertLoad
 from lightning_base.routing.uniform import Uniform
 
