@@ -13,6 +13,7 @@ from pathlib import Path
 
 import commands
 import forks
+import page_run
 import pages
 import pytest
 import yaml
@@ -22,42 +23,15 @@ from pages import Block, Command
 
 PAGES = {str(page.relative_to(REPOSITORY)): page for page in pages.pages()}
 BLOCKS = {name: pages.blocks(page) for name, page in PAGES.items()}
-# What is quick, and what a page may therefore have run.
-QUICK = {"model=tiny", "debug=fast"}
 LONG_PYTHON = "torch.compile"
-
-
-def runs(command: Command) -> bool:
-    """Whether a command of a page is run, and not only checked."""
-    name, *words = command.words
-    if name == "lightning-base" and words:
-        return words[0] != "benchmark" and (words[0] != "train" or bool({*QUICK, "--cfg"} & set(words)))
-    return name == "python" and words[0].endswith(".py") and not words[0].startswith("experiments/")
-
-
 SHELL = {
     name: [
         command for block in found if block.kind == "bash" and not block.skip for command in pages.shell_commands(block)
     ]
     for name, found in BLOCKS.items()
 }
-RUN = [name for name, found in SHELL.items() if any(runs(command) for command in found)]
+RUN = [name for name, found in SHELL.items() if any(page_run.runs(command) for command in found)]
 PYTHON = [name for name, page in PAGES.items() if pages.python_program(page).strip()]
-
-
-def write_files(name: str, folder: Path) -> None:
-    """The files that a page asks its reader to write."""
-    for block in BLOCKS[name]:
-        if block.title:
-            (folder / block.title).parent.mkdir(parents=True, exist_ok=True)
-            (folder / block.title).write_text(block.code)
-
-
-def run_python(name: str, folder: Path, without: str | None = None) -> None:
-    """The Python blocks of a page in one process and one namespace."""
-    (folder / "page.py").write_text(pages.python_program(PAGES[name], without))
-    done = forks.run(["page.py"], folder=folder)
-    assert done.returncode == 0, f"{name}: {done.stderr}"
 
 
 def test_every_block_is_of_a_kind_that_is_tested() -> None:
@@ -140,13 +114,15 @@ def test_configurations_would_be_accepted() -> None:
 
 @pytest.mark.parametrize("name", [name for name in PYTHON if name not in RUN])
 def test_the_python_of_a_page_runs(name: str, tmp_path: Path) -> None:
-    write_files(name, tmp_path)
-    run_python(name, tmp_path, without=LONG_PYTHON)
+    page_run.write_files(PAGES[name], tmp_path)
+    (tmp_path / "page.py").write_text(pages.python_program(PAGES[name], without=LONG_PYTHON))
+    done = forks.run(["page.py"], folder=tmp_path)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("name", [name for name, found in SHELL.items() if found])
 def test_the_commands_of_a_page_would_start(name: str, tmp_path: Path) -> None:
-    write_files(name, tmp_path)
+    page_run.write_files(PAGES[name], tmp_path)
     forks.call(commands.failures, [command.fields() for command in SHELL[name]], str(tmp_path), False)
 
 
@@ -189,7 +165,7 @@ def test_all_jobs_of_all_commands_and_of_those_in_the_text_would_start(tmp_path:
         assert [target for target in targets if f"\n{target}:" not in makefile] == [], name
         found = [*SHELL[name], *(span for span in spans if not is_a_target(span.words))]
         if any(block.title for block in BLOCKS[name]):
-            write_files(name, tmp_path / name)
+            page_run.write_files(PAGES[name], tmp_path / name)
             forks.call(commands.failures, [command.fields() for command in found], str(tmp_path / name), True)
         else:
             together += found
@@ -207,32 +183,7 @@ def is_a_target(words: tuple[str, ...]) -> bool:
     return words[0] == "make" and len(words) == 2
 
 
-def masked(text: str) -> list[str]:
-    """Lines in which every number is the same."""
-    return [re.sub(r"[\d.,]+", "#", re.sub(r"\s+", " ", line.strip())) for line in text.splitlines() if line.strip()]
-
-
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("name", RUN)
 def test_a_page_runs_from_top_to_bottom(name: str, tmp_path: Path) -> None:
-    write_files(name, tmp_path)
-    printed: list[str] = []
-    for block in BLOCKS[name]:
-        if block.kind == "bash" and not block.skip:
-            output = [run_command(command, tmp_path) for command in pages.shell_commands(block) if runs(command)]
-            printed = masked("\n".join(output))
-        elif block.kind == "text" and printed and not block.title:
-            assert [line for line in masked(block.code) if line != "#" and line not in printed] == [], block.place
-        else:
-            printed = []
-    run_python(name, tmp_path)
-
-
-def run_command(command: Command, folder: Path) -> str:
-    """What a command prints."""
-    own = command.environment.get("PYTHONPATH", "")
-    environment = {**forks.plain_environment(), **command.environment, "PYTHONPATH": f"{REPOSITORY}:{own}"}
-    start = ["-m", "lightning_base"] if command.words[0] == "lightning-base" else []
-    done = forks.run([*start, *command.words[1:]], folder=folder, environment=environment)
-    assert done.returncode == 0, f"{command.place}: {' '.join(command.words)}\n{done.stdout}\n{done.stderr}"
-    return f"{done.stdout}\n{done.stderr}"
+    forks.call(page_run.run, str(PAGES[name]), str(tmp_path), timeout=550)
