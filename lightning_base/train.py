@@ -47,12 +47,12 @@ from lightning_base.callbacks.step_time import StepTime
 from lightning_base.callbacks.tensorboard import Arrangement, Board
 from lightning_base.claim import as_rank
 from lightning_base.config import Config, check_devices, fit_schedule, read_config
-from lightning_base.data import Corpus, TextDataModule
+from lightning_base.data import TextDataModule
 from lightning_base.disk import full_disk
 from lightning_base.distributed.expert_parallel import ExpertParallelStrategy
 from lightning_base.distributed.heartbeat import Heartbeat
 from lightning_base.distributed.launch import PREEMPTED, STOP_SIGNALS, die_with_parent
-from lightning_base.instantiation import ConfigError, instantiate
+from lightning_base.instantiation import ConfigError
 from lightning_base.loggers import finish_loggers, offline_loggers
 from lightning_base.module import LanguageModel
 from lightning_base.resume import begin, find_start
@@ -166,7 +166,7 @@ def build_data(config: Config, prepared: str | None = None) -> TextDataModule:
     """
     options = {key: value for key, value in asdict(config.data).items() if key != "corpus"}
     return TextDataModule(
-        instantiate(config.data.corpus, "data.corpus", Corpus),
+        config.build_corpus(),
         seed=config.seed,
         num_steps=config.trainer.max_steps,
         accumulation=config.trainer.accumulate_grad_batches,
