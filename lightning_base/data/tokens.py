@@ -40,7 +40,7 @@ class TokenFiles:
         end_of_text: the id that ends a document.
 
     Raises:
-        CorpusError: an option that cannot be used.
+        CorpusError: an option that cannot be used, or no id that ends a document.
     """
 
     def __init__(
@@ -50,12 +50,14 @@ class TokenFiles:
         index: str | None = None,
         document_tokens: int | None = 100_000,
         *,
-        end_of_text: int | str | None = None,
+        end_of_text: int | str | None,
     ) -> None:
         if document_tokens is not None and document_tokens < 1:
             raise CorpusError(f"data.corpus.document_tokens={document_tokens} is too small: give 1 or more, or null.")
         if index is not None and not index.startswith((".", "_", "-")):
             raise CorpusError(f"{INDEX_KEY}={index} is no ending of a file's name: give one such as .idx")
+        if not isinstance(end_of_text, int):
+            raise needs_end_of_text()
         self.files = files
         self.dtype = dtype
         self.index = index
@@ -66,11 +68,9 @@ class TokenFiles:
         """The documents of every file, files ordered by path.
 
         Raises:
-            CorpusError: nobody has said which id ends a document; a glob matches nothing; a file is empty, unreadable,
-                of another kind or type; an index is missing or does not fit.
+            CorpusError: a glob matches nothing; a file is empty, unreadable, of another kind or type; an index is
+                missing or does not fit.
         """
-        if not isinstance(self.end_of_text, int):
-            raise needs_end_of_text()
         for path, name in find_files(self.files, SUFFIXES, besides=self.index):
             with readable(path):
                 for number, ids in enumerate(self._pieces(path), start=1):
