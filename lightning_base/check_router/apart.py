@@ -1,0 +1,89 @@
+"""Functions called in processes of their own, which are ended if they do not answer.
+
+The processes are forked from a server that has imported torch already; see ``distributed.forked``.
+"""
+
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+
+from lightning_base.distributed.forked import end_after_parent, warm_up
+from lightning_base.distributed.launch import STOP_SIGNALS
+
+_CONTEXT = multiprocessing.get_context("forkserver")
+ENTRY = "lightning_base.check_router"
+
+
+class Ended(RuntimeError):  # noqa: N818 - as TimeoutError, it is no mistake of the caller's
+    """A process has ended without an answer, or raised an error."""
+
+
+class Apart:
+    """A function that runs in a process of its own.
+
+    Args:
+        function: of a module; what it gives is made of plain values.
+        arguments: plain values.
+    """
+
+    def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
+        warm_up(ENTRY)
+        self._answer, sender = _CONTEXT.Pipe(duplex=False)
+        self._process = _CONTEXT.Process(target=_run, args=(sender, function, arguments))
+        self._process.start()
+        sender.close()
+
+    def answer(self, until: float) -> Any:
+        """What the function gave; the process is gone afterwards.
+
+        Args:
+            until: by ``time.monotonic()``.
+
+        Raises:
+            TimeoutError: it had not ended by then.
+            Ended: it ended otherwise.
+        """
+        try:
+            if not self._answer.poll(max(0.0, until - time.monotonic())):
+                raise TimeoutError
+            found = self._answer.recv()
+        except EOFError:
+            self._process.join(10)
+            raise Ended(f"its process ended with exit code {self._process.exitcode}") from None
+        finally:
+            self.end()
+        if isinstance(found, Ended):
+            raise found
+        return found
+
+    def end(self) -> None:
+        """Ends the process, if it has not ended."""
+        self._process.kill()
+        self._process.join(10)
+        self._answer.close()
+
+
+def call(function: Callable[..., Any], *arguments: Any, seconds: float) -> Any:
+    """What a function gives in a process of its own; errors as those of ``Apart.answer``."""
+    return Apart(function, *arguments).answer(time.monotonic() + seconds)
+
+
+def _run(sender: Connection, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # which the server holds back
+    threading.Thread(target=end_after_parent, daemon=True).start()
+    torch.set_num_threads(1)
+    try:
+        found = function(*arguments)
+    except BaseException as error:  # a router may raise SystemExit
+        found = Ended(f"it raised {type(error).__name__}: {' '.join(str(error).split())}")
+    sender.send(found)
+    sender.close()
+    # Gloo's threads may abort an interpreter that ends in the ordinary way.
+    os._exit(0)
