@@ -34,7 +34,7 @@ def run(name: str) -> int:
     if name == "check-router":
         from lightning_base.distributed.forked import warm_up
 
-        warm_up("lightning_base.check_router")
+        warm_up("lightning_base.check_router.command")
     main: Callable[[], int | None] = import_module(f"lightning_base.{PROGRAMS[name][0]}").main
     return main() or 0
 

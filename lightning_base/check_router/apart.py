@@ -1,6 +1,7 @@
 """Functions called in processes of their own, which are ended if they do not answer.
 
-The processes are forked from a server that has imported torch already; see ``distributed.forked``.
+The processes are forked from a server that has imported torch already, see ``distributed.forked``; those that such a
+process starts, before it computes anything, from itself.
 """
 
 import multiprocessing
@@ -10,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 import torch
@@ -17,8 +19,10 @@ import torch
 from lightning_base.distributed.forked import end_after_parent, warm_up
 from lightning_base.distributed.launch import STOP_SIGNALS
 
-_CONTEXT = multiprocessing.get_context("forkserver")
-ENTRY = "lightning_base.check_router"
+ENTRY = "lightning_base.check_router.command"
+# True in a process of this module, which has computed nothing when it starts others: it forks them by itself. A server
+# that it asked would be one of its own.
+_ours = False
 
 
 class Ended(RuntimeError):  # noqa: N818 - as TimeoutError, it is no mistake of the caller's
@@ -34,9 +38,11 @@ class Apart:
     """
 
     def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
-        warm_up(ENTRY)
-        self._answer, sender = _CONTEXT.Pipe(duplex=False)
-        self._process = _CONTEXT.Process(target=_run, args=(sender, function, arguments))
+        if not _ours:
+            warm_up(ENTRY)
+        context = multiprocessing.get_context("fork" if _ours else "forkserver")
+        self._answer, sender = context.Pipe(duplex=False)
+        self._process: BaseProcess = context.Process(target=_run, args=(sender, function, arguments))  # type: ignore[attr-defined]
         self._process.start()
         sender.close()
 
@@ -76,6 +82,8 @@ def call(function: Callable[..., Any], *arguments: Any, seconds: float) -> Any:
 
 
 def _run(sender: Connection, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    global _ours
+    _ours = True
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # which the server holds back
     threading.Thread(target=end_after_parent, daemon=True).start()
     torch.set_num_threads(1)

@@ -76,14 +76,11 @@ def prepare(name: str, options: dict[str, Any], plugins: list[str], seconds: flo
     quiet()
     try:
         subject = subject_of(name, options, plugins, seconds)
-        try:
-            subject.make()
-        except ConfigError:
-            raise
-        except Exception as error:
-            raise ConfigError(f"{subject.target} cannot be built: {raised(error, subject)}") from error
+        subject.make()
     except ConfigError as error:
         return str(error)
+    except Exception as error:  # of its __init__
+        return f"{subject.target} cannot be built: {raised(error, subject)}"
     return subject
 
 

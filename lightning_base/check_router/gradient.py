@@ -102,7 +102,7 @@ def auxiliary_losses(subject: Subject) -> None:
     plan = router(*subject.tokens(size), groups_of(size))
     finished = {name: finish_step_loss(part, part.demand, size) for name, part in plan.step_losses.items()}
     for name, value in {**plan.losses, **finished}.items():
-        found = ()
+        found: tuple[Tensor | None, ...] = ()
         if value.requires_grad:
             found = torch.autograd.grad(value, list(router.parameters()), retain_graph=True, allow_unused=True)
         if not any(gradient is not None and bool(gradient.any()) for gradient in found):

@@ -28,8 +28,8 @@ def padding(subject: Subject) -> None:
         # A sequence that is all padding holds nothing that could matter.
         with_padding = RoutingGroups((first, second), lengths)
         without = RoutingGroups((first, second), lengths[:3])
-        plans = [route(router, tokens, ids, groups) for groups in (with_padding, without)]
-        unmoved(router, *plans, f"in {way}, when a sequence that is all padding was added,")
+        padded, plain = (route(router, tokens, ids, groups) for groups in (with_padding, without))
+        unmoved(router, padded, plain, f"in {way}, when a sequence that is all padding was added,")
         through_a_layer(subject, router, way, lengths)
 
 

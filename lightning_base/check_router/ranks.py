@@ -27,6 +27,8 @@ STEPS, LEARNING_RATE, TOLERANCE = 3, 0.05, 1e-6
 # Of the sequences of a step; what is left of each is padding. Groups are of two sequences, and none is empty: a loss is
 # averaged over the groups of a pass, and passes count alike.
 LENGTHS = ((6,) * 8, (6, 3, 5, 6, 1, 4, 2, 1), (6, 3, 5, 6, 1, 4, 2, 6))
+# Micro batches of each of two ranks.
+LAYOUTS = {1: "on two ranks", 2: "on two ranks with two micro batches each"}
 
 
 @check
@@ -38,9 +40,9 @@ def accumulation(subject: Subject) -> None:
 @check
 def ranks(subject: Subject) -> None:
     """Two ranks, real processes on gloo, learn and remember what one does."""
+    found = on_two_ranks(subject)
     alone = training(subject)
-    for accumulation, where in ((1, "on two ranks"), (2, "on two ranks with two micro batches each")):
-        first, second = on_two_ranks(subject, accumulation, where)
+    for (first, second), where in zip(found, LAYOUTS.values(), strict=True):
         for name, value in first["after"].items():
             if value != second["after"][name]:
                 raise Broken(
@@ -51,33 +53,33 @@ def ranks(subject: Subject) -> None:
         compare(alone, {**first, "steps": steps}, where)
 
 
-def on_two_ranks(subject: Subject, accumulation: int, where: str) -> list[dict[str, Any]]:
-    """What each of two ranks has found."""
+def on_two_ranks(subject: Subject) -> list[tuple[dict[str, Any], ...]]:
+    """What each of two ranks has found, layout by layout."""
     until = time.monotonic() + 0.8 * subject.seconds
     with tempfile.TemporaryDirectory(prefix="lightning_base_ranks_") as folder:
-        both = [Apart(on_rank, subject, rank, accumulation, str(Path(folder, "meet"))) for rank in range(2)]
+        both = [Apart(on_rank, subject, rank, str(Path(folder, "meet"))) for rank in range(2)]
         try:
             found = [rank.answer(until) for rank in both]
         except TimeoutError:
             raise Broken(
-                f"{where} it was still running after {0.8 * subject.seconds:.0f} s: a router knows no ranks and may "
-                "not wait for others; what it needs of them comes to end_step"
+                f"on two ranks it was still running after {0.8 * subject.seconds:.0f} s: a router knows no ranks and "
+                "may not wait for others; what it needs of them comes to end_step"
             ) from None
         except Ended as error:
             raise Broken(
-                f"{where} {error}; a router knows no ranks: what it needs of them comes to end_step"
+                f"on two ranks {error}; a router knows no ranks: what it needs of them comes to end_step"
             ) from error
         finally:
             for rank in both:
                 rank.end()
-    return found
+    return list(zip(*found, strict=True))
 
 
-def on_rank(subject: Subject, rank: int, accumulation: int, meet: str) -> dict[str, Any]:
-    """Trains as one of two ranks."""
+def on_rank(subject: Subject, rank: int, meet: str) -> list[dict[str, Any]]:
+    """Trains as one of two ranks, in each layout."""
     wait = timedelta(seconds=subject.seconds)
     dist.init_process_group("gloo", init_method=f"file://{meet}", rank=rank, world_size=2, timeout=wait)
-    found = training(subject, accumulation=accumulation)
+    found = [training(subject, accumulation=accumulation) for accumulation in LAYOUTS]
     dist.barrier()
     return found
 

@@ -5,9 +5,9 @@ import torch
 import wrong_routers
 from router_arms import subject_of
 
-from lightning_base.check_router import ALL, NotAsked, Outcome, Subject, checks
+from lightning_base.check_router import ALL, NotAsked, Outcome, Subject, checks, command
 from lightning_base.check_router.check import outcome
-from lightning_base.check_router.command import asked_apart
+from lightning_base.check_router.command import asked_apart, main
 
 # The check, a router that breaks it, and what the sentence says: what came out, and what would do.
 WRONG = [
@@ -88,11 +88,19 @@ def test_what_has_no_meaning_is_not_asked_with_the_reason(router: str, check: st
 
 
 def test_a_router_that_never_ends_is_ended_and_told() -> None:
-    found = asked_apart("plan", subject("LoopsForever", seconds=3.0), [])
+    found = asked_apart("plan", subject("LoopsForever", seconds=1.0), [])
     assert found.verdict == "broken"
-    assert "still running after 3 s" in found.sentence
+    assert "still running after 1 s" in found.sentence
 
 
 def test_a_router_that_ends_its_process_is_told() -> None:
     found = asked_apart("plan", subject("EndsEverything"), [])
     assert found == Outcome("broken", "it raised SystemExit: 3: a router may not end the process it runs in")
+
+
+def test_the_exit_code_is_0_where_nothing_is_broken(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command, "ALL", [BY_NAME["construction"], BY_NAME["equal loads"]])
+    assert main(["switch", "num_experts=4", "--seconds", "120"]) == 0
+    assert "lightning_base.routing.switch.Switch: 1 ok, 1 not asked" in capsys.readouterr().out

@@ -30,6 +30,8 @@ ARMS = [pytest.param(name, {}, id=name) for name in ROUTERS] + [
 ]
 # Two ranks take a second for each arm; in short, test_parity.py has some routers there and test_checks.py others.
 LONG = ("ranks",)
+# In short, of the files as they stand alone.
+LONG_WITH_OPTIONS = ("accumulation", "padding", "recomputation", *LONG)
 
 
 def cases() -> list[object]:
@@ -38,7 +40,7 @@ def cases() -> list[object]:
         pytest.param(
             Asked(check, subject_of(*arm.values[:1], **arm.values[1])),
             id=f"{arm.id}-{check.name}".replace(" ", "_"),
-            marks=[pytest.mark.exhaustive] if check.name in LONG else [],
+            marks=[pytest.mark.exhaustive] if check.name in (LONG_WITH_OPTIONS if arm.values[1] else LONG) else [],
         )
         for arm in ARMS
         for check in ALL
