@@ -123,6 +123,8 @@ def run(subject: Subject, plugins: list[str], console: Console) -> int:
         console.print(line + escape(check.asks if found.verdict == "ok" else found.sentence), soft_wrap=True)
     told = ", ".join(f"{counts[verdict]} {verdict}" for verdict in COLOURS if verdict in counts)
     console.print(f"\n{subject.target}: {told}, in {time.monotonic() - began:.0f} s")
+    if counts.get("broken", 0) > 1:
+        console.print("mend the first that is broken first: what others say may come of it")
     return counts.get("broken", 0)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_base.check_router.check import Broken, NotAsked, check
 from lightning_base.check_router.padding import layer_of
-from lightning_base.check_router.subject import Subject, groups_of, route
+from lightning_base.check_router.subject import Subject, groups_of, route, seeded
 from lightning_base.routing.losses import finish_step_loss
 from lightning_base.routing.plan import RoutingPlan
 from lightning_base.routing.router import Router
@@ -69,7 +69,8 @@ def as_a_difference(subject: Subject, seed: int) -> None:
         with torch.no_grad():
             for name, parameter in learning(moved).items():
                 parameter.add_(shift * towards[name])
-        found = moved(tokens, ids, groups_of(size))
+        with seeded():
+            found = moved(tokens, ids, groups_of(size))
         same = torch.equal(found.token_index, plan.token_index) and torch.equal(found.expert_index, plan.expert_index)
         return found, (found.weight.double() * factor_A).sum() if same else torch.tensor(torch.nan), moved
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_base.check_router.check import Broken, check
-from lightning_base.check_router.subject import Subject, decisions, first_difference, route, told, width_for
+from lightning_base.check_router.subject import Subject, decisions, first_difference, route, seeded, told, width_for
 from lightning_base.moe import Experts, SparseLayer
 from lightning_base.routing.plan import RoutingGroups, RoutingPlan
 from lightning_base.routing.router import Router
@@ -56,14 +56,16 @@ def through_a_layer(subject: Subject, router: Router, way: str, lengths: tuple[i
     hidden, ids = subject.tokens(len(lengths) * length)
     hidden, ids = hidden.view(len(lengths), length, -1), ids.view(len(lengths), length)
     valid = torch.arange(length) < torch.tensor(lengths)[:, None]
-    output, plan = copy.deepcopy(layer)(hidden, ids, valid)
+    with seeded():
+        output, plan = copy.deepcopy(layer)(hidden, ids, valid)
     if plan.groups.num_tokens != int(valid.sum()):
         raise Broken(f"in {way}, of {int(valid.sum())} tokens with padding between, the plan is of {plan.num_tokens}")
     if not torch.equal(output[~valid], hidden[~valid]):
         raise Broken(f"in {way}, padding did not pass through unchanged: some of it was given to an expert")
     other_hidden, other_ids = hidden.clone(), ids.clone()
     other_hidden[~valid], other_ids[~valid] = 100.0, 7
-    other, _ = copy.deepcopy(layer)(other_hidden, other_ids, valid)
+    with seeded():
+        other, _ = copy.deepcopy(layer)(other_hidden, other_ids, valid)
     if not torch.equal(other[valid], output[valid]):
         raise Broken(f"in {way}, another content of the padding changed what the other tokens became")
     if router.training:

@@ -6,7 +6,7 @@ from torch.utils.checkpoint import CheckpointError, checkpoint
 
 from lightning_base.check_router.check import Broken, check
 from lightning_base.check_router.padding import layer_of
-from lightning_base.check_router.subject import Subject, decisions, first_difference, told
+from lightning_base.check_router.subject import Subject, decisions, first_difference, seeded, told
 from lightning_base.drop_in import DropIn, auxiliary_loss, end_step
 from lightning_base.routing.plan import RoutingPlan
 
@@ -34,8 +34,7 @@ def recomputation(subject: Subject) -> None:
 
 def trained(subject: Subject, *, recomputed: bool) -> tuple[dict[str, Tensor], list[RoutingPlan]]:
     """Gradients and buffers after one step of two passes, and the plans of the first."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+    with seeded():
         drop_in = DropIn(layer_of(subject.build()))
         plans: list[RoutingPlan] = []
         handle = drop_in.layer.router.register_forward_hook(lambda _module, _given, plan: plans.append(plan))

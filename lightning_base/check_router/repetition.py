@@ -12,7 +12,7 @@ from lightning_base.routing.plan import RoutingPlan
 @check
 def repetition(subject: Subject) -> None:
     """Routing twice gives the same plan, whatever else has drawn random numbers or was routed meanwhile."""
-    groups = groups_of(30 * subject.scale, 30 * subject.scale)
+    groups = groups_of(100 * subject.scale, 100 * subject.scale)
     for way, router in subject.ways():
         tokens, ids = subject.tokens(groups.num_tokens)
         before, given = copy.deepcopy(router.state_dict()), (tokens.clone(), ids.clone())

@@ -5,7 +5,16 @@ import io
 import torch
 
 from lightning_base.check_router.check import Broken, check
-from lightning_base.check_router.subject import TRAINING, Subject, decisions, first_difference, groups_of, set_way, told
+from lightning_base.check_router.subject import (
+    TRAINING,
+    Subject,
+    decisions,
+    first_difference,
+    groups_of,
+    seeded,
+    set_way,
+    told,
+)
 from lightning_base.routing.plan import RoutingPlan
 from lightning_base.routing.router import Router
 
@@ -35,15 +44,16 @@ def state(subject: Subject) -> None:
             token = first_difference(one, other)
             if token is not None:
                 raise Broken(
-                    f"in {way}, {later} steps after it was saved and loaded, token {token} had {told(other[token])} "
-                    f"instead of {told(one[token])}: keep what is remembered in buffers (register_buffer)"
+                    f"in {way}, in step {later + 1} after it was saved and loaded, token {token} had "
+                    f"{told(other[token])} instead of {told(one[token])}: keep what is remembered in buffers"
                 )
 
 
 def step(subject: Subject, router: Router, seed: int) -> RoutingPlan:
     """Routes, and in training ends a step."""
     groups = groups_of(32 * subject.scale, 32 * subject.scale)
-    plan: RoutingPlan = router(*subject.tokens(groups.num_tokens, seed), groups)
+    with seeded():
+        plan: RoutingPlan = router(*subject.tokens(groups.num_tokens, seed), groups)
     if router.training:
         router.end_step(router.step_sums(plan.detached()))
     return plan

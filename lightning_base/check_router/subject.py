@@ -7,6 +7,7 @@ import copy
 import inspect
 import sys
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -130,10 +131,18 @@ def groups_of(*sizes: int) -> RoutingGroups:
 
 def route(router: Router, tokens: Tensor, ids: Tensor, groups: RoutingGroups) -> RoutingPlan:
     """On a copy and from one seed, so that neither state nor noise carries over from another call."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+    with seeded():
         plan: RoutingPlan = copy.deepcopy(router)(tokens, ids, groups)
     return plan
+
+
+@contextmanager
+def seeded() -> Iterator[None]:
+    """Inside, torch's global generator starts anew, so that a router that draws from it is told so by one check and not
+    by all; outside, it goes on as if nothing had been drawn."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
 
 
 def decisions(plan: RoutingPlan) -> list[list[tuple[int, float]]]:
