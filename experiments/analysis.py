@@ -2,7 +2,7 @@
 
 import sys
 
-from lightning_base.commands import run
+from lightning_base.program.entry import run
 
 if __name__ == "__main__":
     sys.exit(run("analysis"))

@@ -2,7 +2,7 @@
 
 import sys
 
-from lightning_base.commands import main
+from lightning_base.program.entry import main
 
 if __name__ == "__main__":
     sys.exit(main())

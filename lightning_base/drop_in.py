@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_base.auxiliary_losses import auxiliary_losses, step_counts
+from lightning_base.distributed.reduction import sum_over_ranks
 from lightning_base.instantiation import did_you_mean
 from lightning_base.moe.layer import SparseLayer
-from lightning_base.reduction import sum_over_ranks
 from lightning_base.routing.plan import RoutingPlan
 
 

@@ -76,13 +76,9 @@ def instantiate(node: object, key: str, base: type, **given: Any) -> Any:
     Raises:
         ConfigError: one sentence for whatever is wrong.
     """
-    if not isinstance(node, Mapping) or "_target_" not in node:
-        raise ConfigError(f"{key} has no _target_: name the class to build")
-    found = resolve(str(node["_target_"]), key, base)
-    arguments = {name: value for name, value in node.items() if name != "_target_"}
+    found, arguments = check_node(node, key, base, hidden=set(given))
     parameters = inspect.signature(found).parameters
     if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
-        arguments = check_arguments(arguments, found, key, hidden=set(given))
         given = {name: value for name, value in given.items() if name in parameters}
     try:
         return found(**arguments, **given)
@@ -90,6 +86,24 @@ def instantiate(node: object, key: str, base: type, **given: Any) -> Any:
         raise
     except ValueError as error:
         raise ConfigError(str(error)) from error
+
+
+def check_node(node: object, key: str, base: type, hidden: set[str]) -> tuple[type, dict[str, Any]]:
+    """The class that ``node`` names and its arguments, checked as ``instantiate`` does; nothing is built.
+
+    Args:
+        node: from a resolved configuration.
+        key: where it stands there.
+        base: what the class must be.
+        hidden: arguments the program supplies, which a configuration cannot give.
+    """
+    if not isinstance(node, Mapping) or "_target_" not in node:
+        raise ConfigError(f"{key} has no _target_: name the class to build")
+    found = resolve(str(node["_target_"]), key, base)
+    arguments = {name: value for name, value in node.items() if name != "_target_"}
+    if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in inspect.signature(found).parameters.values()):
+        arguments = check_arguments(arguments, found, key, hidden)
+    return found, arguments
 
 
 def check_arguments(arguments: Mapping[str, Any], found: type, key: str, hidden: set[str]) -> dict[str, Any]:

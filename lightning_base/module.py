@@ -16,14 +16,14 @@ from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
 
 from lightning_base.auxiliary_losses import StepCounts, auxiliary_losses, step_counts
-from lightning_base.checkpoint import PARAMETER_NAMES
-from lightning_base.gradients import clip_gradients, gradient_norm, local
+from lightning_base.distributed.gradients import clip_gradients, gradient_norm, local
+from lightning_base.distributed.reduction import sum_over_ranks
 from lightning_base.instantiation import instantiate
 from lightning_base.metrics.language_model import LanguageModelLoss
 from lightning_base.model import Transformer, initialize
 from lightning_base.moe.exchange import Exchange
 from lightning_base.moe.layer import set_evaluation_mode, without_exchange
-from lightning_base.reduction import sum_over_ranks
+from lightning_base.program.checkpoint import PARAMETER_NAMES
 from lightning_base.routing.plan import RoutingPlan
 from lightning_base.routing.router import Router
 from lightning_base.routing.selection import full_precision

@@ -23,7 +23,12 @@ from contextlib import suppress
 from multiprocessing import forkserver, resource_tracker
 from typing import Any
 
-IMPORTED = ("lightning_base.program", "lightning_base.train", "lightning_base.sweep", "torch.distributed.run")
+IMPORTED = (
+    "lightning_base.program.command",
+    "lightning_base.program.rank",
+    "lightning_base.program.sweep",
+    "torch.distributed.run",
+)
 IMPORTED += ("torch.distributed.elastic.agent.server.local_elastic_agent", "torch.utils.tensorboard", "pytest")
 
 start_a_program = subprocess.Popen._execute_child  # type: ignore[attr-defined]

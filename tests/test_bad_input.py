@@ -46,6 +46,12 @@ CASES = {
     "a width that k does not divide": (["router=top_k", "router.top_k=3"], "cannot be split over router.top_k=3"),
     "an expert width that the matmul cannot take": (["model.ffn_width=100"], "model.ffn_width=100 makes experts"),
     "a solver that does not exist": (["router=base", "router.solver=magic"], "router.solver=magic: choose one of"),
+    "a callback that does not exist": (
+        ["callbacks.alarms._target_=lightning_base.callbacks.alarms.Alarm"],
+        "callbacks.alarms._target_=lightning_base.callbacks.alarms.Alarm is not a Callback",
+    ),
+    "an option that a callback does not have": (["+callbacks.alarms.dead_check=3"], "did you mean dead_checks"),
+    "a callback of nobody's": (["+callbacks.mine={a: 1}"], "callbacks.mine has no _target_"),
     "heads that do not divide the width": (["model.heads=5"], "model.heads=5 is out of range"),
     "a GPU that is not there": (
         ["trainer.accelerator=gpu", "strategy=ddp", "trainer.devices=64", "data.global_batch=512"],

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from tiny_training import leave
 from torch import nn
 
-from lightning_base.checkpoint import (
+from lightning_base.program.checkpoint import (
     PARAMETER_NAMES,
     STATE,
     CheckpointError,

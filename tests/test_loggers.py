@@ -12,8 +12,8 @@ import forks
 import program
 import pytest
 
-from lightning_base.config import LoggerConfig, check_loggers
 from lightning_base.instantiation import ConfigError
+from lightning_base.program.config import LoggerConfig, check_loggers
 
 
 def needs(package: str) -> pytest.MarkDecorator:

@@ -3,14 +3,16 @@
 import sys
 from pathlib import Path
 
+import forks
 import program
 import pytest
 
-from lightning_base import plugins
 from lightning_base.instantiation import ConfigError
+from lightning_base.program import plugins
 
 SOURCE = '''
 import torch
+from pytorch_lightning import Callback
 from lightning_base import Router, RoutingPlan
 from lightning_base.routing.plan import count_by_group
 
@@ -37,6 +39,18 @@ class MyRouter(Router):
 
 class NoRouter:
     pass
+
+
+class MyCallback(Callback):
+    def __init__(self, path, clock, word="steps"):
+        self.path, self.clock, self.word = path, clock, word
+
+    def on_train_end(self, trainer, module):
+        self.path.write_text(f"{trainer.global_step} {self.word}, {self.clock.seconds > 0}")
+
+    @property
+    def results(self):
+        return {"final/mine": 7.0}
 '''
 
 
@@ -52,21 +66,22 @@ def install(folder: Path, package: str, name: str | None = None) -> None:
         (information / "entry_points.txt").write_text(f"[{plugins.GROUP}]\n{name} = {package}:MyRouter\n")
 
 
-def test_a_sweep_over_a_router_of_ours_and_one_of_theirs(
-    small_corpus: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_sweep_over_a_router_of_ours_and_one_of_theirs(small_corpus: list[str], tmp_path: Path) -> None:
     install(tmp_path / "site", "their_package")
     install(tmp_path / "site", "installed_package", "theirs")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"), prepend=":")
-    done = program.train_anew(
+    arguments = (
         "-m",
         *small_corpus,
         "plugins=[their_package]",
         "router=their_package.MyRouter,theirs",
         "++router.offset=3",
+        "~callbacks.alarms",
+        "+callbacks.mine._target_=their_package.MyCallback",
         "trainer.max_steps=2",
         f"runs_dir={tmp_path}",
     )
+    with_packages = {**program.environment(), "PYTHONPATH": f"{program.REPOSITORY}:{tmp_path / 'site'}"}
+    done = forks.run(program.command(*arguments), environment=with_packages)
     assert done.returncode == 0, done.stderr
     by_router = {
         program.read(path)["config"]["router"]["_target_"]: program.read(path)
@@ -76,6 +91,11 @@ def test_a_sweep_over_a_router_of_ours_and_one_of_theirs(
     for manifest in by_router.values():
         assert (manifest["ledger"]["router"], manifest["ledger"]["num_experts"]) == ("MyRouter", 8)
         assert manifest["config"]["router"]["offset"] == 3
+        # Theirs is called with what it asks for by name, and what it measured stands among the results.
+        assert "alarms" not in manifest["config"]["callbacks"]
+        assert manifest["result"]["final/mine"] == 7.0
+    written = [path.read_text() for path in tmp_path.rglob("mine.csv")]
+    assert written == ["2 steps, True"] * 2
     found = by_router["installed_package.MyRouter"]["plugin"]
     assert (found["package"], found["version"]) == ("installed_package", "1.2")
     # The two packages have the same source, and no compiled file or folder name is in the hash.
@@ -117,7 +137,7 @@ MISTAKES = {
         ["plugins=[declared_package]", "router=declared_package.broken_module.MyRouter"],
         "broken_module.MyRouter cannot be imported (ZeroDivisionError: division by zero): mend it first",
     ),
-    "ours": (["plugins=[lightning_base.train]"], "plugins=lightning_base.train is no package of yours"),
+    "ours": (["plugins=[lightning_base.program.rank]"], "plugins=lightning_base.program.rank is no package of yours"),
     "no router": (["plugins=[declared_package]", "router=declared_package.NoRouter"], "is not a Router"),
     "what it imports": (
         ["plugins=[declared_package]", "router=declared_package.RoutingPlan"],

@@ -18,8 +18,8 @@ import program
 import pytest
 from rich.console import Console
 
-from lightning_base.live_table import LiveTable, Row, caption, read_row, seconds_left
-from lightning_base.run_directory import RunDirectory, write_json
+from lightning_base.program.live_table import LiveTable, Row, caption, read_row, seconds_left
+from lightning_base.program.run_directory import RunDirectory, write_json
 
 BEGAN = 1000.0
 INTO_TERMINAL = (

@@ -14,9 +14,9 @@ from pytorch_lightning.strategies import DDPStrategy, Strategy
 from router_arms import FOLDER
 from torch import Tensor
 
-from lightning_base.checkpoint import VerifiedCheckpointIO
 from lightning_base.data.loader import TrainingLoader
 from lightning_base.module import IGNORED, LanguageModel
+from lightning_base.program.checkpoint import VerifiedCheckpointIO
 
 VOCABULARY, LENGTH, WIDTH, SEQUENCES, GROUP = 48, 8, 16, 8, 2
 

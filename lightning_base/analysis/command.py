@@ -11,8 +11,8 @@ from lightning_base.analysis.route import read_text, route
 from lightning_base.analysis.run import AnalysisError, open_data, open_run
 from lightning_base.analysis.tables import token_name, write_tables
 from lightning_base.analysis.words import lead, missing, sentences
-from lightning_base.explain import BAD_INPUT
-from lightning_base.train import quiet
+from lightning_base.program.explain import BAD_INPUT
+from lightning_base.program.rank import quiet
 
 FOLDER, PAGE = "analysis", "analysis.html"
 # Enough for tens of thousands of tokens in the smallest configuration, and some seconds per checkpoint.

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 import yaml
 
-from lightning_base.checkpoint import CheckpointError, VerifiedCheckpointIO, checkpoints, step_of, verify
-from lightning_base.config import Config, read_config
 from lightning_base.data import TextDataModule
 from lightning_base.instantiation import ConfigError
 from lightning_base.module import LanguageModel
-from lightning_base.run_directory import RunDirectory
-from lightning_base.train import build_data, build_module
+from lightning_base.program.build import build_data, build_module
+from lightning_base.program.checkpoint import CheckpointError, VerifiedCheckpointIO, checkpoints, step_of, verify
+from lightning_base.program.config import Config, read_config
+from lightning_base.program.run_directory import RunDirectory
 
 MIXED = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 

@@ -15,14 +15,14 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils import clip_grad_norm_
 
-from lightning_base import train
 from lightning_base.auxiliary_losses import auxiliary_losses, step_counts
 from lightning_base.benchmark.ledger import Ledger
-from lightning_base.config import Config, read_config
 from lightning_base.data import Corpus
 from lightning_base.data.preparation import prepare_for_run
 from lightning_base.instantiation import instantiate
 from lightning_base.module import IGNORED
+from lightning_base.program import rank as train
+from lightning_base.program.config import Config, read_config
 from lightning_base.routing.plan import RoutingPlan
 
 CONF = Path(__file__).parents[1] / "conf"

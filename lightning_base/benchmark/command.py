@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
-from lightning_base import train
 from lightning_base.assignment import benchmark as assignment
 from lightning_base.benchmark import data, harness, layer, scaling, solver, start, step, table
 from lightning_base.benchmark.check import missing, regressions
 from lightning_base.benchmark.machine import machine, machine_line
 from lightning_base.benchmark.record import Form, Record
+from lightning_base.program import rank as train
 
 SUBJECTS = {
     "layer": layer,

@@ -21,14 +21,14 @@ from numpy import ndarray
 from omegaconf import OmegaConf
 from tqdm import tqdm
 
-from lightning_base import train
 from lightning_base.benchmark.bare import SMALL_STEP, BareLoop, configuration, prepared_corpus
 from lightning_base.benchmark.ledger import Ledger, charge_module, charge_trainer
 from lightning_base.benchmark.record import Form, Record, ratio_record
-from lightning_base.config import Config
 from lightning_base.data.loader import TrainingLoader
-from lightning_base.distributed.heartbeat import Heartbeat
-from lightning_base.run_directory import RunDirectory
+from lightning_base.program import rank as train
+from lightning_base.program.config import Config
+from lightning_base.program.processes.heartbeat import Heartbeat
+from lightning_base.program.run_directory import RunDirectory
 
 TURN = 10  # steps in turn: as many as lie between two logged steps, so that each turn holds one
 WARM_UP = 2  # turns

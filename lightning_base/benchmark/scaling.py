@@ -20,7 +20,7 @@ from numpy import ndarray
 
 from lightning_base.benchmark.record import Form, Record, ratio_record
 from lightning_base.benchmark.volumes import metered, recorded_counts, volume
-from lightning_base.run_directory import RunDirectory
+from lightning_base.program.run_directory import RunDirectory
 
 STRATEGIES, RANKS, EVERY = ("ddp", "expert_parallel"), (1, 2, 4), 5
 ALONE = "ddp, 1"

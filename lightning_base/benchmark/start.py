@@ -15,7 +15,7 @@ from numpy import ndarray
 from tqdm import tqdm
 
 from lightning_base.benchmark.record import Form, Record, ratio_record
-from lightning_base.run_directory import RunDirectory
+from lightning_base.program.run_directory import RunDirectory
 
 ARMS = ("dense", "base", "switch")
 POLL = 0.01  # seconds between two looks at the files of a run

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from lightning_base.callbacks.tensorboard import tensorboard_writer
+from lightning_base.distributed.reduction import over_ranks, rank
 from lightning_base.module import LanguageModel, NonFiniteError
-from lightning_base.reduction import over_ranks, rank
+from lightning_base.program.run_directory import RunDirectory
 from lightning_base.routing.plan import RoutingPlan
 from lightning_base.routing.router import Router
-from lightning_base.run_directory import RunDirectory
 
 NAMES = ("collapse", "dead_experts", "saturation")
 NON_FINITE = "non_finite_gates"

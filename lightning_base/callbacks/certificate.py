@@ -12,13 +12,13 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 
-from lightning_base import plugins
 from lightning_base.callbacks.flops import count_flops
 from lightning_base.callbacks.tensorboard import card, tensorboard_writer
+from lightning_base.distributed.reduction import over_ranks, rank
 from lightning_base.model import shared_parameters, weights_fingerprint
 from lightning_base.module import LanguageModel
-from lightning_base.reduction import over_ranks, rank
-from lightning_base.run_directory import RunDirectory
+from lightning_base.program import plugins
+from lightning_base.program.run_directory import RunDirectory
 
 PACKAGES = ("torch", "pytorch-lightning", "hydra-core", "omegaconf", "torchmetrics", "numpy", "numba", "tokenizers")
 

@@ -18,7 +18,7 @@ from lightning_base.callbacks.metrics_csv import start_csv
 from lightning_base.module import LanguageModel
 from lightning_base.moe.exchange import Exchange
 from lightning_base.moe.layer import SparseLayer
-from lightning_base.run_directory import RunDirectory
+from lightning_base.program.run_directory import RunDirectory
 
 COLUMNS = ("step", "layer", "rank", "bytes_sent", "bytes_received", "largest_message", "seconds", "waiting")
 

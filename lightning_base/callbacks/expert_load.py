@@ -16,9 +16,9 @@ from torch.utils.tensorboard import SummaryWriter
 
 from lightning_base.callbacks.metrics_csv import start_csv
 from lightning_base.callbacks.tensorboard import over_layers, shown_layers, tensorboard_writer
+from lightning_base.distributed.reduction import over_ranks, rank
 from lightning_base.drop_in import drop_ins
 from lightning_base.metrics.expert_load import ExpertLoad
-from lightning_base.reduction import over_ranks, rank
 from lightning_base.routing.plan import RoutingPlan
 
 COLUMNS = ("step", "stage", "layer", "expert", "demand", "load")

@@ -1,10 +1,10 @@
-"""Says at every stage of a step that this rank goes on: see ``distributed/heartbeat.py``."""
+"""Says at every stage of a step that this rank goes on: see ``program/processes/heartbeat.py``."""
 
 from typing import Any
 
 import pytorch_lightning as pl
 
-from lightning_base.distributed.heartbeat import Heartbeat
+from lightning_base.program.processes.heartbeat import Heartbeat
 
 
 class Pulse(pl.Callback):

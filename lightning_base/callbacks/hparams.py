@@ -22,8 +22,8 @@ from torch.utils.tensorboard.summary import hparams
 
 from lightning_base import routing
 from lightning_base.callbacks.tensorboard import card
-from lightning_base.config import Config
-from lightning_base.run_directory import RunDirectory
+from lightning_base.program.config import Config
+from lightning_base.program.run_directory import RunDirectory
 
 # The first five are shown before anybody ticks a box.
 METRICS = {

@@ -11,7 +11,8 @@ from lightning_base.module import IGNORED
 class LearntByHeart(pl.Callback):
     """Prints the last training loss beside what the frequencies of the batches' tokens alone would give."""
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # Here the progress bar has ended.
         if not trainer.is_global_zero:
             return
         data = trainer.datamodule  # type: ignore[attr-defined]

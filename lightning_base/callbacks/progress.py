@@ -10,7 +10,7 @@ from pytorch_lightning.callbacks.progress.tqdm_progress import Tqdm
 
 from lightning_base.callbacks.alarms import Alarms
 from lightning_base.module import LanguageModel
-from lightning_base.run_directory import RunDirectory, read_json
+from lightning_base.program.run_directory import RunDirectory, read_json
 
 # How often the bar looks at what takes time to see.
 LOOK_SECONDS = 1.0

@@ -7,6 +7,7 @@ import pytorch_lightning as pl
 from torch import Tensor
 
 from lightning_base.module import LanguageModel
+from lightning_base.program.run_directory import RunDirectory, write_json
 from lightning_base.routing.plan import RoutingPlan
 from lightning_base.routing.recording import (
     FOLDER,
@@ -18,7 +19,6 @@ from lightning_base.routing.recording import (
     split_plan,
     write_pass,
 )
-from lightning_base.run_directory import RunDirectory, write_json
 
 
 class PlanRecorder(pl.Callback):

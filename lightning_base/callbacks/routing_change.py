@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from lightning_base.callbacks.causality import router_inputs
+from lightning_base.distributed.reduction import over_ranks, rank, world_size
 from lightning_base.metrics.routing_gap import ExpertSets, expert_sets, tokens_that_differ
 from lightning_base.module import LanguageModel
-from lightning_base.reduction import over_ranks, rank, world_size
 
 Sets = dict[str, ExpertSets]
 

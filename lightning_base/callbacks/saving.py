@@ -7,11 +7,11 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 
-from lightning_base.checkpoint import checkpoints, on_all_ranks, step_of
-from lightning_base.distributed.launch import STOP_SIGNALS
-from lightning_base.gradients import local
+from lightning_base.distributed.gradients import local
 from lightning_base.module import LanguageModel, NonFiniteError
-from lightning_base.run_directory import RunDirectory
+from lightning_base.program.checkpoint import checkpoints, on_all_ranks, step_of
+from lightning_base.program.processes.launch import STOP_SIGNALS
+from lightning_base.program.run_directory import RunDirectory
 
 # What a checkpoint holds of the run beside Lightning's state: how long its log files were.
 LOGS = "logs"

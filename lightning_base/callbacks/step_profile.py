@@ -53,6 +53,9 @@ class StepProfile(pl.Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._end()
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # Here the progress bar has ended.
         if trainer.is_global_zero and self._top:
             print("\n".join(report(self._top, self.steps)))
             print(f"trace: {self.folder} (open it at https://ui.perfetto.dev, or in TensorBoard with its profiler)")

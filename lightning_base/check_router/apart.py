@@ -1,7 +1,7 @@
 """Functions called in processes of their own, which are ended if they do not answer.
 
-The processes are forked from a server that has imported torch already, see ``distributed.forked``; those that such a
-process starts, before it computes anything, from itself.
+They are forked from a server that has imported torch, see ``program.processes.forked``; what such a process starts,
+before it computes anything, is forked from itself.
 """
 
 import multiprocessing
@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from lightning_base.distributed.forked import end_after_parent, warm_up
-from lightning_base.distributed.launch import STOP_SIGNALS
+from lightning_base.program.processes.forked import end_after_parent, warm_up
+from lightning_base.program.processes.launch import STOP_SIGNALS
 
 ENTRY = "lightning_base.check_router.command"
 # True in a process of this module, which has computed nothing when it starts others: it forks them by itself. A server

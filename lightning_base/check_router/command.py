@@ -17,9 +17,9 @@ from lightning_base.check_router.apart import Ended, call
 from lightning_base.check_router.asked import ALL
 from lightning_base.check_router.check import Outcome, outcome, raised
 from lightning_base.check_router.subject import Subject
-from lightning_base.explain import BAD_INPUT
 from lightning_base.instantiation import ConfigError, did_you_mean
-from lightning_base.plugins import declare, router_nodes
+from lightning_base.program.explain import BAD_INPUT
+from lightning_base.program.plugins import declare, router_nodes
 
 CONF = Path(__file__).parent.parent / "conf" / "router"
 SECONDS = 30.0

@@ -19,9 +19,9 @@ from lightning_base.check_router.apart import Apart, Ended
 from lightning_base.check_router.check import Broken, check
 from lightning_base.check_router.padding import layer_of
 from lightning_base.check_router.subject import Subject, decisions, told
+from lightning_base.distributed.reduction import rank as own_rank
+from lightning_base.distributed.reduction import sum_over_ranks, world_size
 from lightning_base.moe import SparseLayer
-from lightning_base.reduction import rank as own_rank
-from lightning_base.reduction import sum_over_ranks, world_size
 
 STEPS, LEARNING_RATE, TOLERANCE = 3, 0.05, 1e-6
 # Of the sequences of a step; what is left of each is padding. Groups are of two sequences, and none is empty: a loss is

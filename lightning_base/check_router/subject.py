@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lightning_base.instantiation import instantiate, resolve, trust
 from lightning_base.model import initialize
-from lightning_base.plugins import NUM_EXPERTS
+from lightning_base.program.plugins import NUM_EXPERTS
 from lightning_base.routing.plan import RoutingGroups, RoutingPlan
 from lightning_base.routing.router import Router
 

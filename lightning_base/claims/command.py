@@ -12,9 +12,9 @@ from lightning_base.claims.studies import MissingError, Studies
 from lightning_base.claims.verdict import Judged
 from lightning_base.claims.why import TABLES
 from lightning_base.claims.words import Routing, routing_of
-from lightning_base.explain import BAD_INPUT
+from lightning_base.program.explain import BAD_INPUT
+from lightning_base.program.rank import quiet
 from lightning_base.report.read import ReportError
-from lightning_base.train import quiet
 
 PAGE = Path("docs/claims.md")
 ROUTED = ("BASE", "Switch", "TopK", "Hash")

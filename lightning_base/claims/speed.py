@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from lightning_base import train
 from lightning_base.benchmark.bare import BareLoop, configuration
 from lightning_base.benchmark.machine import machine, machine_line
 from lightning_base.benchmark.timing import Spread, interleaved, spread
-from lightning_base.run_directory import read_json, write_json
+from lightning_base.program import rank as train
+from lightning_base.program.run_directory import read_json, write_json
 
 SETTINGS = {
     "default": {name: [f"router={name}"] for name in ("base", "dense", "gated_dense", "switch", "top_k", "hash")},

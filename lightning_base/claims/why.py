@@ -6,12 +6,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lightning_base.checkpoint import VerifiedCheckpointIO, checkpoints
 from lightning_base.claims.studies import Arm, Number, Studies, difference, final, final_loss, last, loss_at, mean
 from lightning_base.claims.verdict import Rows, plain, signed
+from lightning_base.program.checkpoint import VerifiedCheckpointIO, checkpoints
+from lightning_base.program.run_directory import read_json
 from lightning_base.report.read import Run
 from lightning_base.report.statistics import holm
-from lightning_base.run_directory import read_json
 
 SCALES = (1, 3, 10)
 LENGTHS = (80, 160, 320, 480, 640, 800, 1120, 1600)

@@ -14,7 +14,7 @@ from lightning_base.analysis.route import read_text, route
 from lightning_base.analysis.run import open_data, open_run
 from lightning_base.analysis.tables import token_name
 from lightning_base.metrics.specialization import Choices, attracted
-from lightning_base.run_directory import read_json, write_json
+from lightning_base.program.run_directory import read_json, write_json
 
 FILE = "claims.json"
 SEQUENCES, TOKENS = 256, 5

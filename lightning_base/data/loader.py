@@ -12,7 +12,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from lightning_base.data.order import SEQUENCES_CONSUMED, GlobalBatchSampler
 from lightning_base.data.sequences import SequenceDataset
-from lightning_base.distributed.launch import STOP_SIGNALS
+from lightning_base.program.processes.launch import STOP_SIGNALS
 
 
 class TokenLoader(StatefulDataLoader):

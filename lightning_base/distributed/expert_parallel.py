@@ -17,9 +17,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from lightning_base.checkpoint import PARAMETER_NAMES, CheckpointError, SavesTogether, expert_part, load, verify
 from lightning_base.module import LanguageModel
 from lightning_base.moe.exchange import Exchange
+from lightning_base.program.checkpoint import PARAMETER_NAMES, CheckpointError, SavesTogether, expert_part, load, verify
 from lightning_base.routing.router import Router
 
 

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lightning_base.program.run_directory import EXECUTION
 from lightning_base.report.read import Run, flatten
-from lightning_base.run_directory import EXECUTION
 
 # The router's own side of the configuration: what a comparison is about.
 ROUTER = (

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from lightning_base.run_directory import RunDirectory, read_json
+from lightning_base.program.run_directory import RunDirectory, read_json
 
 
 class ReportError(Exception):

@@ -11,8 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from lightning_base.program.run_directory import RunDirectory
 from lightning_base.report.read import Experiment, LeftOut, Run, flatten, read_experiment
-from lightning_base.run_directory import RunDirectory
 
 FINGERPRINTS = {"corpus_fingerprint": 64, "batch_fingerprint": 32, "initial_weights_fingerprint": 64}
 COUNTS = ("seed", "steps", "sequences", "tokens", "assignments", "assignments_dropped", "world_size")

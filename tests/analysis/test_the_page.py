@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from lightning_base.analysis.command import main
 from lightning_base.analysis.tokens import printable_token
-from lightning_base.checkpoint import VerifiedCheckpointIO
+from lightning_base.program.checkpoint import VerifiedCheckpointIO
 
 ANALYSIS = str(program.REPOSITORY / "experiments" / "analysis.py")
 

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from lightning_base.callbacks.alarms import Alarms, counts_of
 from lightning_base.module import LanguageModel, NonFiniteError
+from lightning_base.program.run_directory import RunDirectory, write_json
 from lightning_base.routing import Router, RoutingGroups, RoutingPlan
 from lightning_base.routing.plan import count_by_group
-from lightning_base.run_directory import RunDirectory, write_json
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:.*log_every_n_steps")
 

@@ -24,7 +24,7 @@ from lightning_base.data.prepared import TokenSplit
 from lightning_base.data.sequences import SequenceDataset
 from lightning_base.distributed.expert_parallel import ExpertParallelStrategy
 from lightning_base.module import LanguageModel
-from lightning_base.train import Replicated, SingleProcess
+from lightning_base.program.build import Replicated, SingleProcess
 
 SAVED, LAST = 2, 4
 ROUTER = "base"  # has prices that it remembers

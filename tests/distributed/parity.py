@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from lightning_base.callbacks.expert_load import ExpertLoad
 from lightning_base.distributed.expert_parallel import ExpertParallelStrategy
-from lightning_base.gradients import gradient_norm
+from lightning_base.distributed.gradients import gradient_norm
 from lightning_base.module import LanguageModel
 
 STEPS = 3

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil
 
-from lightning_base.distributed.launch import LOOK_SECONDS
+from lightning_base.program.processes.launch import LOOK_SECONDS
 
 # As torchrun does it: a worker in a session of its own. This one is deaf, like one that hangs in a collective.
 ROOT = """
@@ -21,7 +21,9 @@ open(sys.argv[1], "w").write(str(child.pid))
 time.sleep(600)
 """
 PATIENT = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)\n" + ROOT
-LAUNCHER = "import sys; from lightning_base.distributed.launch import launch; code, asked, _ = launch(sys.argv[1:]); "
+LAUNCHER = (
+    "import sys; from lightning_base.program.processes.launch import launch; code, asked, _ = launch(sys.argv[1:]); "
+)
 LAUNCHER += "print((code, asked is not None))"
 
 

@@ -11,7 +11,7 @@ from moving import LAST, SAVED, all_of, checkpoint_of, write_text
 from parity import LAYOUTS
 from tiny_training import SEQUENCES
 
-from lightning_base.checkpoint import expert_part
+from lightning_base.program.checkpoint import expert_part
 
 ALONE, SHARDED, SLICED = "one rank", "2 ranks, expert_parallel", "2 ranks, expert_parallel with fsdp"
 ON_TWO = ("2 ranks, ddp", SHARDED, "2 ranks, fsdp", SLICED)

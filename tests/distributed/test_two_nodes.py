@@ -8,7 +8,7 @@ import pytest
 import torch.distributed as dist
 from forks import Forked
 
-from lightning_base.distributed.slurm import meeting_point
+from lightning_base.program.processes.slurm import meeting_point
 
 
 def free_port() -> int:

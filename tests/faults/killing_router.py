@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lightning_base.callbacks.metrics_csv import MetricsCsv
-from lightning_base.checkpoint import files, together
+from lightning_base.program.checkpoint import files, together
 from lightning_base.routing.plan import RoutingGroups, RoutingPlan
 from lightning_base.routing.switch import Switch
 

@@ -9,7 +9,7 @@ from typing import Any
 import program
 import pytest
 
-from lightning_base.checkpoint import STATE, write
+from lightning_base.program.checkpoint import STATE, write
 
 ARGUMENTS = (
     "router=uniform",

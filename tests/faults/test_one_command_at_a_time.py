@@ -12,8 +12,8 @@ import forks
 import program
 import pytest
 
-from lightning_base import claim
-from lightning_base.claim import CLAIM, InUseError, claimed, read_owner
+from lightning_base.program import claim
+from lightning_base.program.claim import CLAIM, InUseError, claimed, read_owner
 
 STEPS = 40
 ARGUMENTS = ("router=uniform", f"trainer.max_steps={STEPS}", "trainer.progress_bar=false", "logger.tensorboard=false")

@@ -244,35 +244,35 @@ FAULTS = [
     ),
     Fault(
         "the newest checkpoint is used unseen",
-        "resume.py",
+        "program/resume.py",
         "        reason = verify(path)\n",
         "        reason = None\n",
         "faults/test_interruption.py -k damaged",
     ),
     Fault(
         "a damaged checkpoint is loaded",
-        "checkpoint/together.py",
+        "program/checkpoint/together.py",
         "        if problem:\n",
         "        if False:\n",
         "test_checkpoint.py",
     ),
     Fault(
         "an error of one rank in a save is its own",
-        "checkpoint/together.py",
+        "program/checkpoint/together.py",
         "over_ranks((value, problem))",
         "[(value, problem)]",
         "test_checkpoint.py -k together",
     ),
     Fault(
         "experts of a part are taken from its end",
-        "checkpoint/load.py",
+        "program/checkpoint/load.py",
         "held[max(wanted.start - start, 0) : max(wanted.stop - start, 0)]",
         "held[max(wanted.start - start, 0) :]",
         "test_checkpoint.py",
     ),
     Fault(
         "rows written since a checkpoint stay",
-        "run_directory.py",
+        "program/run_directory.py",
         "os.truncate(path, sizes[path.name])",
         "pass",
         "faults/test_kills_within_a_run.py -k no_row",
@@ -286,7 +286,7 @@ FAULTS = [
     ),
     Fault(
         "an owner on another host does not count",
-        "claim.py",
+        "program/claim.py",
         "        if path.stat().st_mtime_ns != last:\n            return True\n",
         "        if path.stat().st_mtime_ns != last:\n            return False\n",
         "faults/test_one_command_at_a_time.py -k another_host",
@@ -391,7 +391,7 @@ FAULTS = [
     ),
     Fault(
         "a mistake in the last arm of a sweep shows when its turn has come",
-        "sweep.py",
+        "program/sweep.py",
         "            checked, plain, run = check_job(config, overrides)\n",
         "            plain, run = {}, RunDirectory(sweep / str(len(jobs)))\n"
         "            checked = corpora[0] if jobs else check_job(config, overrides)[0]\n",
@@ -434,7 +434,7 @@ FAULTS = [
     ),
     Fault(
         "the clip norm leaves out the experts of other ranks",
-        "gradients.py",
+        "distributed/gradients.py",
         "            dist.all_reduce(square, group=group)\n",
         "            pass\n",
         "distributed/test_parity.py",

@@ -1,7 +1,6 @@
 """Routers with noise: another plan at another step and in another layer, and none in evaluation."""
 
 import pytest
-import torch
 from router_arms import ROUTERS, WIDTH, build_router, decisions, groups_of, random_tokens
 
 from lightning_base.model import Transformer, initialize

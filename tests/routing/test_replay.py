@@ -8,6 +8,7 @@ import pytest
 import torch
 from router_arms import ROUTERS, WIDTH, build_router, decisions, groups_of, random_tokens
 
+from lightning_base.program.run_directory import write_json
 from lightning_base.routing import Replay, Router, RoutingGroups, RoutingPlan
 from lightning_base.routing.recording import (
     FOLDER,
@@ -18,7 +19,6 @@ from lightning_base.routing.recording import (
     split_plan,
     write_pass,
 )
-from lightning_base.run_directory import write_json
 
 STEPS, LAYER = 2, "layer_1"
 SIZES = (20, 24, 16)

@@ -60,7 +60,7 @@ def command(
         # SIGUSR1 and SIGUSR2 would end torchrun, and it alone.
         f"--signals-to-handle={','.join(number.name for number in (*STOP_SIGNALS, signal.SIGHUP, signal.SIGQUIT))}",
     ]
-    agent = [sys.executable, "-m", "lightning_base.distributed.agent", str(record)]
+    agent = [sys.executable, "-m", "lightning_base.program.processes.agent", str(record)]
     return [*agent, f"--nproc-per-node={devices}", *where, *patience, *ranks]
 
 

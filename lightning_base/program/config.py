@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from lightning_base.instantiation import ConfigError, check_arguments, instantiate
+from lightning_base.instantiation import ConfigError, check_arguments, check_node, instantiate
 from lightning_base.model import sparse_positions
 from lightning_base.moe.experts import Activation
 from lightning_base.moe.shuffle import check_shuffle
-from lightning_base.plugins import declare
+from lightning_base.program.plugins import declare
+from lightning_base.program.trainer_arguments import check_trainer_argument
 from lightning_base.routing.router import Router
-from lightning_base.trainer_arguments import check_trainer_argument
 
 
 def require(holds: bool, key: str, value: object, accepted: str) -> None:
@@ -194,6 +194,7 @@ class Config:
     logger: LoggerConfig
     resume: str = "auto"
     plugins: list[str] = field(default_factory=list)
+    callbacks: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         path = self.name in ("", ".", "..") or "/" in self.name
@@ -222,6 +223,7 @@ def read_config(node: Mapping[str, Any]) -> Config:
     """
     config = _build(Config, node, "")
     declare(config.plugins)
+    wanted_callbacks(config.callbacks)
     try:
         _check_across(config)
     except ConfigError:
@@ -230,6 +232,26 @@ def read_config(node: Mapping[str, Any]) -> Config:
         # Routers and data know nothing of configurations; their sentences name the keys all the same.
         raise ConfigError(str(error)) from error
     return config
+
+
+# What the program gives to a callback that has an argument of the name.
+GIVEN_TO_CALLBACKS = frozenset(("run", "path", "folder", "log_every_n_steps", "resumed_step", "clock"))
+
+
+def wanted_callbacks(callbacks: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Those whose ``when`` is not false, null or 0, without it; any that does not say so is wanted.
+
+    Raises:
+        ConfigError: a callback that cannot be.
+    """
+    import pytorch_lightning as pl
+
+    found = {}
+    for name, node in callbacks.items():
+        if node.get("when", True):
+            found[name] = {key: value for key, value in node.items() if key != "when"}
+            check_node(found[name], f"callbacks.{name}", pl.Callback, hidden=set(GIVEN_TO_CALLBACKS))
+    return found
 
 
 def _build(schema: type, node: object, key: str) -> Any:
@@ -309,7 +331,7 @@ def _check_across(config: Config) -> None:
         )
     start = config.module.initial_weights
     if start is not None:
-        from lightning_base.checkpoint import verify
+        from lightning_base.program.checkpoint import verify
 
         problem = verify(Path(start))
         if problem is not None:

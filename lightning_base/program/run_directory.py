@@ -12,7 +12,7 @@ from typing import Any
 
 import psutil
 
-from lightning_base.claim import CLAIM, RANKS
+from lightning_base.program.claim import CLAIM, RANKS
 
 # How the same numbers are computed: by how many processes and threads, in which portions. Only speed depends on it.
 EXECUTION = (

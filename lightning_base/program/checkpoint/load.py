@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from lightning_base.checkpoint.files import STATE, CheckpointError, read_facts
+from lightning_base.program.checkpoint.files import STATE, CheckpointError, read_facts
 
 # The names of the parameters of each optimizer, in the order in which its state counts them.
 PARAMETER_NAMES = "parameter_names"

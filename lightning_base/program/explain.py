@@ -5,7 +5,7 @@ import re
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
 
 from lightning_base.instantiation import ConfigError, did_you_mean
-from lightning_base.trainer_arguments import without_plus
+from lightning_base.program.trainer_arguments import without_plus
 
 # The exit code of whatever is wrong with the input, before anything is spent.
 BAD_INPUT = 2

@@ -13,9 +13,9 @@ from typing import Any
 
 import psutil
 
-from lightning_base.distributed.heartbeat import Beat, read_beats, stack_of
-from lightning_base.distributed.launch import LOOK_SECONDS, STOP_SIGNALS
-from lightning_base.run_directory import read_json
+from lightning_base.program.processes.heartbeat import Beat, read_beats, stack_of
+from lightning_base.program.processes.launch import LOOK_SECONDS, STOP_SIGNALS
+from lightning_base.program.run_directory import read_json
 
 # What the other ranks get to fail by themselves after one has, and what one gets to leave after it has said why.
 LINGER_SECONDS = 5

@@ -12,7 +12,7 @@ from typing import Any
 from lightning_fabric.utilities.rank_zero import rank_zero_only
 from pytorch_lightning.loggers import Logger, MLFlowLogger, WandbLogger
 
-from lightning_base.config import Config
+from lightning_base.program.config import Config
 
 
 def offline_loggers(config: Config, directory: Path, plain: dict[str, Any]) -> list[Logger]:

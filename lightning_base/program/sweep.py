@@ -22,19 +22,19 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from lightning_base.config import Config, check_devices, check_loggers, read_config
-from lightning_base.distributed.forked import warm_up
-from lightning_base.distributed.launch import GRACE_SECONDS, LOOK_SECONDS, PREEMPTED, STOP_SIGNALS
-from lightning_base.explain import BAD_INPUT, explain
 from lightning_base.instantiation import ConfigError
-from lightning_base.jobs import (
+from lightning_base.program.config import Config, check_devices, check_loggers, read_config
+from lightning_base.program.explain import BAD_INPUT, explain
+from lightning_base.program.job import (
     check_nodes,
     check_run_directory,
     plain_config,
     prepare_data,
 )
-from lightning_base.run_directory import RunDirectory, read_json, write_json
-from lightning_base.tree import LIVE_TABLE, RANK_ENTRY, node_rank, shown
+from lightning_base.program.processes.forked import warm_up
+from lightning_base.program.processes.launch import GRACE_SECONDS, LOOK_SECONDS, PREEMPTED, STOP_SIGNALS
+from lightning_base.program.run_directory import RunDirectory, read_json, write_json
+from lightning_base.program.tree import LIVE_TABLE, RANK_ENTRY, node_rank, shown
 
 # Launchers and sweepers that pyproject.toml has an extra for.
 EXTRAS = ("joblib", "optuna", "submitit")
@@ -44,6 +44,8 @@ class CheckSweep(Callback):
     """A Hydra callback: checks all jobs of a sweep before the first one starts, and notes them in sweep.json."""
 
     expected: list[RunDirectory] | None = None
+    # The exit code of a command that was asked to stop while worker processes run its jobs.
+    stopped: int | None = None
     # What is on the terminal as long as jobs run; whoever began the command ends it.
     display = ExitStack()
 
@@ -91,7 +93,7 @@ class CheckSweep(Callback):
             self._show(dict(zip(jobs, labels, strict=True)))
 
     def _show(self, jobs: dict[RunDirectory, str]) -> None:
-        from lightning_base.live_table import LiveTable  # needs rich, which takes a moment
+        from lightning_base.program.live_table import LiveTable  # needs rich, which takes a moment
 
         os.environ[LIVE_TABLE] = "1"
         CheckSweep.display.callback(os.environ.pop, LIVE_TABLE, None)
@@ -105,6 +107,8 @@ def stop_with_workers(sweep: Path) -> None:
     """
 
     def stop(number: int, frame: FrameType | None) -> None:
+        # Kept, because joblib may say something else of workers that end.
+        CheckSweep.stopped = 128 + signal.SIGINT if number == signal.SIGINT else PREEMPTED
         # Another one than what a terminal may have sent them: the same one twice would kill their jobs.
         passed_on = signal.SIGTERM if number == signal.SIGUSR1 else signal.SIGUSR1
         for worker in psutil.Process().children():

@@ -9,7 +9,8 @@ from lightning_fabric.plugins import CheckpointIO
 from lightning_fabric.utilities.types import _PATH
 from pytorch_lightning.strategies import Strategy
 
-from lightning_base.checkpoint.files import (
+from lightning_base.distributed.reduction import over_ranks, rank, world_size
+from lightning_base.program.checkpoint.files import (
     STATE,
     CheckpointError,
     commit,
@@ -19,9 +20,8 @@ from lightning_base.checkpoint.files import (
     what_is_safe,
     write_part,
 )
-from lightning_base.checkpoint.load import load
-from lightning_base.disk import full_disk
-from lightning_base.reduction import over_ranks, rank, world_size
+from lightning_base.program.checkpoint.load import load
+from lightning_base.program.disk import full_disk
 
 T = TypeVar("T")
 

@@ -12,15 +12,15 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from lightning_base.claim import InUseError, claimed, in_use, is_here_and_alive, read_owner
-from lightning_base.config import Config, check_devices, check_loggers, fit_schedule, read_config
 from lightning_base.data import Corpus, prepare_for_run
-from lightning_base.distributed.share import Share
-from lightning_base.distributed.slurm import MEETING_POINT, meeting_point
 from lightning_base.instantiation import ConfigError, instantiate
-from lightning_base.resume import NEVER, check_resume, start_over
-from lightning_base.run_directory import EXECUTION, RunDirectory, under
-from lightning_base.tree import LIVE_TABLE, node_rank, run_tree, say, shown
+from lightning_base.program.claim import InUseError, claimed, in_use, is_here_and_alive, read_owner
+from lightning_base.program.config import Config, check_devices, check_loggers, fit_schedule, read_config
+from lightning_base.program.processes.share import Share
+from lightning_base.program.processes.slurm import MEETING_POINT, meeting_point
+from lightning_base.program.resume import NEVER, check_resume, start_over
+from lightning_base.program.run_directory import EXECUTION, RunDirectory, under
+from lightning_base.program.tree import LIVE_TABLE, node_rank, run_tree, say, shown
 
 # What a run that goes on may do in another way than it began: nothing that is computed depends on it.
 MAY_CHANGE = (*EXECUTION, "resume", "trainer.progress_bar", "trainer.keep_checkpoints", "data.cache_dir")
@@ -139,6 +139,9 @@ def check_run_directory(run: RunDirectory, plain: dict[str, Any]) -> bool:
         if isinstance(error, ConfigError):
             raise
         raise ConfigError(f"the run directory {path} cannot be used ({error}): {remedy}") from error
+    # A run that is older than this key was watched as the default has it.
+    if isinstance(before, dict):
+        before.setdefault("callbacks", plain.get("callbacks"))
     owner = read_owner(run.path)
     if owner is not None and is_here_and_alive(owner):
         raise ConfigError(in_use(run.path, owner))

@@ -11,14 +11,14 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from lightning_base.config import Config
-from lightning_base.distributed.forked import ForkedRank
-from lightning_base.distributed.launch import PREEMPTED, STOP_SIGNALS, Ended, command, launch
-from lightning_base.distributed.slurm import is_preempting
-from lightning_base.distributed.watch import Verdict, Watch
-from lightning_base.run_directory import RunDirectory
+from lightning_base.program.config import Config
+from lightning_base.program.processes.forked import ForkedRank
+from lightning_base.program.processes.launch import PREEMPTED, STOP_SIGNALS, Ended, command, launch
+from lightning_base.program.processes.slurm import is_preempting
+from lightning_base.program.processes.watch import Verdict, Watch
+from lightning_base.program.run_directory import RunDirectory
 
-RANK_ENTRY = "lightning_base.train"
+RANK_ENTRY = "lightning_base.program.rank"
 # What schedulers send ahead of time, and launchers such as submitit answer by requeueing the job.
 REQUEUE_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2)
 # Set while a table of the whole sweep is on the terminal, for all processes that a launcher may run jobs in.
@@ -87,7 +87,7 @@ def launch_ranks(run: RunDirectory, config: Config, record: Path, look: Callable
 
 def run_here(run: RunDirectory) -> Ended:
     """With ``debug=...`` a single job with a single rank trains in this process, where a debugger works."""
-    from lightning_base import train
+    from lightning_base.program import rank as train
 
     before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     try:

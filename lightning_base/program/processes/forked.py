@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from multiprocessing import forkserver
 from pathlib import Path
 
-from lightning_base.distributed.launch import STOP_SIGNALS, die_with_parent
+from lightning_base.program.processes.launch import STOP_SIGNALS, die_with_parent
 
 # What a rank imports later than at its start, beside the training code itself.
 LATE = ("lightning_base.assignment.transport", "omegaconf", "PIL.Image")

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from importlib import import_module
 
 PROGRAMS = {
-    "train": ("program", "trains one arm, or a sweep of arms: train experiment=compare seed=1,2,3"),
+    "train": ("program.command", "trains one arm, or a sweep of arms: train experiment=compare seed=1,2,3"),
     "report": ("report.write", "tables and figures of what has run: report runs/compare"),
     "analysis": ("analysis.command", "what the experts of a finished run have learnt: analysis runs/compare/JOB"),
     "export": ("export", "the model of a run as model.safetensors with a JSON beside it: export runs/compare/JOB"),
@@ -26,13 +26,13 @@ def run(name: str) -> int:
     # Threads that sleep while they wait cost little on a quiet machine and save much on a busy one.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if name == "train":
-        from lightning_base.distributed.forked import trains_elsewhere, warm_up
+        from lightning_base.program.processes.forked import trains_elsewhere, warm_up
 
         if trains_elsewhere(sys.argv[1:]):
             # It imports the training code while this process imports Hydra and checks what it was given.
-            warm_up("lightning_base.train")
+            warm_up("lightning_base.program.rank")
     if name == "check-router":
-        from lightning_base.distributed.forked import warm_up
+        from lightning_base.program.processes.forked import warm_up
 
         warm_up("lightning_base.check_router.command")
     main: Callable[[], int | None] = import_module(f"lightning_base.{PROGRAMS[name][0]}").main

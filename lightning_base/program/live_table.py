@@ -17,7 +17,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from lightning_base.run_directory import RunDirectory
+from lightning_base.program.run_directory import RunDirectory
 
 STYLES = {"done": "green", "failed": "bold red", "preempted": "yellow", "waiting": "dim"}
 # Which jobs a small window shows: what goes on, what went wrong, what comes next.

@@ -1,6 +1,6 @@
 """Checkpoints that are either whole or not there, and that are checked before they are used."""
 
-from lightning_base.checkpoint.files import (
+from lightning_base.program.checkpoint.files import (
     FORMAT,
     STATE,
     CheckpointError,
@@ -14,8 +14,8 @@ from lightning_base.checkpoint.files import (
     what_is_safe,
     write_part,
 )
-from lightning_base.checkpoint.load import PARAMETER_NAMES, expert_part, load
-from lightning_base.checkpoint.together import SavesTogether, VerifiedCheckpointIO, on_all_ranks, write
+from lightning_base.program.checkpoint.load import PARAMETER_NAMES, expert_part, load
+from lightning_base.program.checkpoint.together import SavesTogether, VerifiedCheckpointIO, on_all_ranks, write
 
 __all__ = [
     "FORMAT",

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_base.checkpoint import CheckpointError, checkpoints, load, sweep_temporaries, verify
-from lightning_base.claim import CLAIM, RANKS
 from lightning_base.instantiation import ConfigError
-from lightning_base.run_directory import RunDirectory
+from lightning_base.program.checkpoint import CheckpointError, checkpoints, load, sweep_temporaries, verify
+from lightning_base.program.claim import CLAIM, RANKS
+from lightning_base.program.run_directory import RunDirectory
 
 AUTO, NEVER = "auto", "never"
 

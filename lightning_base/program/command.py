@@ -12,16 +12,16 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from lightning_base.distributed.launch import PREEMPTED
-from lightning_base.explain import BAD_INPUT, explain
 from lightning_base.instantiation import ConfigError
-from lightning_base.jobs import STARTED, job
-from lightning_base.plugins import store_routers
-from lightning_base.run_directory import RunDirectory
-from lightning_base.sweep import CheckSweep, job_name, jobs_are_known
-from lightning_base.tree import ENDED_HERE, say, shown
+from lightning_base.program.explain import BAD_INPUT, explain
+from lightning_base.program.job import STARTED, job
+from lightning_base.program.plugins import store_routers
+from lightning_base.program.processes.launch import PREEMPTED
+from lightning_base.program.run_directory import RunDirectory
+from lightning_base.program.sweep import CheckSweep, job_name, jobs_are_known
+from lightning_base.program.tree import ENDED_HERE, say, shown
 
-CONF = Path(__file__).parent / "conf"
+CONF = Path(__file__).parents[1] / "conf"
 
 OmegaConf.register_new_resolver("job_name", job_name, replace=True)
 
@@ -60,10 +60,13 @@ def main() -> None:
         # Hydra makes the directories; what goes wrong later on has been written to a status.json.
         print(f"error: the run directory cannot be used: {error}", file=sys.stderr)
         sys.exit(BAD_INPUT)
+    except RuntimeError:
+        if CheckSweep.stopped is None:
+            raise
     except KeyboardInterrupt:
         print("interrupted; what is done stays done, and the same command goes on from there", file=sys.stderr)
         sys.exit(130)
-    sys.exit(summarize(sweep or STARTED))
+    sys.exit(summarize(sweep or STARTED) if CheckSweep.stopped is None else CheckSweep.stopped)
 
 
 def summarize(jobs: Sequence[RunDirectory]) -> int:

@@ -1,0 +1,1 @@
+"""What runs the comparison, in the order of a run: entry, command, sweep, job, tree, rank."""

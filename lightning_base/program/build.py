@@ -1,0 +1,170 @@
+"""From a configuration to what Lightning trains: data, module, callbacks, strategy and Trainer."""
+
+import os
+from dataclasses import asdict
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+from pytorch_lightning.loggers import Logger
+from pytorch_lightning.plugins.environments import LightningEnvironment, TorchElasticEnvironment
+from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy
+
+from lightning_base.callbacks.clock import TrainingClock
+from lightning_base.callbacks.progress import ArmProgressBar
+from lightning_base.data import Corpus, TextDataModule
+from lightning_base.distributed.expert_parallel import ExpertParallelStrategy
+from lightning_base.instantiation import ConfigError, instantiate
+from lightning_base.module import LanguageModel
+from lightning_base.program import checkpoint
+from lightning_base.program.config import GIVEN_TO_CALLBACKS, Config, check_devices, fit_schedule, wanted_callbacks
+from lightning_base.program.run_directory import RunDirectory
+
+
+def build_data(config: Config, prepared: str | None = None) -> TextDataModule:
+    """The data of a run; nothing is read yet.
+
+    Args:
+        config: of the run.
+        prepared: the name of the corpus's folder in ``data.cache_dir``, if it is known, so that nobody looks again.
+    """
+    options = {key: value for key, value in asdict(config.data).items() if key != "corpus"}
+    return TextDataModule(
+        instantiate(config.data.corpus, "data.corpus", Corpus),
+        seed=config.seed,
+        num_steps=config.trainer.max_steps,
+        accumulation=config.trainer.accumulate_grad_batches,
+        prepared=prepared,
+        **options,
+    )
+
+
+def build_module(config: Config) -> LanguageModel:
+    """The model and its optimizer, with its initial weights."""
+    optimizer = asdict(fit_schedule(config)[0])
+    start = optimizer.pop("initial_weights")
+    module = LanguageModel(
+        router=config.router,
+        model=asdict(config.model),
+        max_steps=config.trainer.max_steps,
+        vocab_size=config.data.vocab_size,
+        sequence_length=config.data.sequence_length,
+        routing_group=config.data.routing_group,
+        seed=config.seed,
+        attend_across_documents=config.data.attend_across_documents,
+        loss_coefficients=optimizer.pop("loss_coefficients"),
+        router_init_scale=optimizer.pop("router_init_scale"),
+        compile=optimizer.pop("compile"),
+        activation_checkpointing=optimizer.pop("activation_checkpointing"),
+        optimizer=optimizer,
+    )
+    if start is not None:
+        load_weights(module, Path(start))
+    return module
+
+
+def load_weights(module: LanguageModel, path: Path) -> None:
+    """Puts the weights of another run's checkpoint in the place of those drawn.
+
+    Raises:
+        ConfigError: the checkpoint is one of another model.
+    """
+    try:
+        state = checkpoint.VerifiedCheckpointIO().load_checkpoint(path, weights_only=True)["state_dict"]
+        module.load_state_dict(state, strict=True)
+    except (KeyError, RuntimeError) as error:
+        why = " ".join(str(error).split())
+        raise ConfigError(f"module.initial_weights={path} does not fit the model: {why}") from error
+
+
+def build_callbacks(
+    config: Config, run: RunDirectory, resumed_step: int | None, clock: TrainingClock
+) -> list[pl.Callback]:
+    """What watches a run, as ``conf/callbacks`` lists it: each is given what it asks for by the name of an argument.
+
+    Args:
+        config: of the run.
+        run: where it writes; ``path`` is the CSV file of the callback's own name in it, ``folder`` the folder.
+        resumed_step: the step from which the run goes on, or None.
+        clock: that of the run, which leaves out what is not training.
+    """
+    given = {
+        "run": run,
+        "log_every_n_steps": config.trainer.log_every_n_steps,
+        "resumed_step": resumed_step,
+        "clock": clock,
+    }
+    found = []
+    for name, node in wanted_callbacks(config.callbacks).items():
+        given |= {"path": run.path / f"{name}.csv", "folder": run.path / name}
+        assert given.keys() == GIVEN_TO_CALLBACKS
+        found.append(instantiate(node, f"callbacks.{name}", pl.Callback, **given))
+    return found
+
+
+def build_trainer(config: Config, directory: Path, loggers: list[Logger], callbacks: list[pl.Callback]) -> pl.Trainer:
+    """Lightning's Trainer: one epoch is the whole run, and data order and checkpoints are ours."""
+    options = config.trainer
+    accelerator = check_devices(options)
+    batches = options.max_steps * options.accumulate_grad_batches
+    # Said, because Lightning would take what it finds: Slurm's, for one.
+    environment = TorchElasticEnvironment() if options.world_size > 1 else LightningEnvironment()
+    trainer = pl.Trainer(
+        default_root_dir=directory,
+        accelerator=accelerator,
+        devices=options.devices,
+        num_nodes=options.num_nodes,
+        strategy=build_strategy(config, accelerator),
+        precision=options.precision,
+        max_steps=options.max_steps,
+        max_epochs=1,
+        accumulate_grad_batches=options.accumulate_grad_batches,
+        gradient_clip_val=options.gradient_clip_val,
+        log_every_n_steps=options.log_every_n_steps,
+        val_check_interval=min(batches, options.validate_every_n_steps * options.accumulate_grad_batches),
+        use_distributed_sampler=False,
+        enable_checkpointing=False,
+        enable_progress_bar=any(isinstance(callback, ArmProgressBar) for callback in callbacks),
+        detect_anomaly=options.detect_anomaly,
+        logger=loggers,
+        callbacks=callbacks,
+        plugins=[checkpoint.VerifiedCheckpointIO(), environment],
+        **{"num_sanity_val_steps": 0, "enable_model_summary": False, **options.lightning},
+    )
+    # Its handlers broadcast from within a signal, and requeue jobs of Slurm; signals are Preemption's.
+    trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+    return trainer
+
+
+class SingleProcess(checkpoint.SavesTogether, SingleDeviceStrategy):
+    """One process with every expert."""
+
+
+class Replicated(checkpoint.SavesTogether, DDPStrategy):
+    """DDP: every rank holds every expert."""
+
+
+def build_strategy(config: Config, accelerator: str) -> checkpoint.SavesTogether:
+    """One process, or the ranks that torchrun has started, with a time-out on every collective."""
+    if config.trainer.world_size == 1:
+        return SingleProcess(device="cuda:0" if accelerator == "gpu" else "cpu")
+    options: dict[str, Any] = {
+        "process_group_backend": "nccl" if accelerator == "gpu" else "gloo",
+        "timeout": timedelta(seconds=config.strategy.timeout_seconds),
+    }
+    if config.strategy.name == "ddp":
+        return Replicated(**options)
+    return ExpertParallelStrategy(
+        expert_group=config.expert_group,
+        shared="fsdp" if config.strategy.name == "fsdp" else config.strategy.shared,
+        # Training sequences are padded only where a document is a sequence.
+        same_sizes=config.data.packing == "packed",
+        **options,
+    )
+
+
+def threads_per_rank(config: Config) -> int:
+    """CPU threads of this rank: as configured, or the cores this process may use shared among the ranks."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return config.trainer.threads or max(1, cores // config.trainer.devices)
