@@ -30,7 +30,7 @@ def small_corpus(folder: Path) -> list[str]:
         "data.sequence_length=32",
         "data.global_batch=16",
         "data.routing_group=4",
-        "data.validation_fraction=0.1",
+        "data.validation_fraction=0.02",
         "trainer.accelerator=cpu",
         "trainer.threads=1",
         "trainer.detect_anomaly=false",
@@ -51,11 +51,16 @@ def train(*arguments: str, timeout: float = 240, routers: Path | None = None) ->
         timeout: in seconds.
         routers: a folder with modules that are to be in ``lightning_base.routing``, and with their ``router/*.yaml``.
     """
+    return forks.run(started(arguments, routers), timeout=timeout)
+
+
+def started(arguments: tuple[str, ...], routers: Path | None) -> list[str]:
+    """The arguments of Python for ``train`` and ``start``."""
     if routers is None:
-        return forks.run(command(*arguments), timeout=timeout)
+        return command(*arguments)
     added = f"import runpy, sys, lightning_base.routing as r; r.__path__.append({str(routers)!r}); del sys.argv[0]; "
     more = command(*arguments, f"hydra.searchpath=[file://{routers}]")
-    return forks.run(["-c", added + "runpy.run_path(sys.argv[0], run_name='__main__')", *more], timeout=timeout)
+    return ["-c", added + "runpy.run_path(sys.argv[0], run_name='__main__')", *more]
 
 
 def train_anew(*arguments: str, timeout: float = 240) -> subprocess.CompletedProcess:
@@ -70,9 +75,9 @@ def train_anew(*arguments: str, timeout: float = 240) -> subprocess.CompletedPro
     )
 
 
-def start(*arguments: str) -> forks.Forked:
-    """Begins ``experiments/train.py``."""
-    return forks.Forked(command(*arguments))
+def start(*arguments: str, routers: Path | None = None) -> forks.Forked:
+    """Begins ``experiments/train.py``; arguments are those of ``train``."""
+    return forks.Forked(started(arguments, routers))
 
 
 def environment() -> dict[str, str]:

@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+import forks
 import program
 import pytest
 
@@ -65,13 +66,10 @@ def install(folder: Path, package: str, name: str | None = None) -> None:
         (information / "entry_points.txt").write_text(f"[{plugins.GROUP}]\n{name} = {package}:MyRouter\n")
 
 
-def test_a_sweep_over_a_router_of_ours_and_one_of_theirs(
-    small_corpus: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_sweep_over_a_router_of_ours_and_one_of_theirs(small_corpus: list[str], tmp_path: Path) -> None:
     install(tmp_path / "site", "their_package")
     install(tmp_path / "site", "installed_package", "theirs")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"), prepend=":")
-    done = program.train_anew(
+    arguments = (
         "-m",
         *small_corpus,
         "plugins=[their_package]",
@@ -82,6 +80,8 @@ def test_a_sweep_over_a_router_of_ours_and_one_of_theirs(
         "trainer.max_steps=2",
         f"runs_dir={tmp_path}",
     )
+    with_packages = {**program.environment(), "PYTHONPATH": f"{program.REPOSITORY}:{tmp_path / 'site'}"}
+    done = forks.run(program.command(*arguments), environment=with_packages)
     assert done.returncode == 0, done.stderr
     by_router = {
         program.read(path)["config"]["router"]["_target_"]: program.read(path)

@@ -4,6 +4,7 @@ Shapes: R rounds.
 """
 
 import functools
+import gc
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -160,10 +161,14 @@ def phase_aim(setting: Setting) -> float | None:
 def memory(setting: Setting, arms: Sequence[Arm], batches: Sequence[Tensor], gradient: Tensor) -> list[Record]:
     """Peak memory of a forward and backward pass over the floor's, weights and inputs not counted."""
     peaks: dict[str, list[int]] = {arm.name: [] for arm in arms}
+    # What is here already stays: each look at the peak collects garbage, and would look through all that was imported.
+    gc.collect()
+    gc.freeze()
     for _ in range(MEMORY_ROUNDS):
         for arm in arms:
             method = functools.partial(arm.run, batches, gradient)
             peaks[arm.name].append(peak_bytes(method, setting.device))
+    gc.unfreeze()
     floor_R = np.array(peaks["floor"])
     return [
         ratio_record(

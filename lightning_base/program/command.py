@@ -60,10 +60,13 @@ def main() -> None:
         # Hydra makes the directories; what goes wrong later on has been written to a status.json.
         print(f"error: the run directory cannot be used: {error}", file=sys.stderr)
         sys.exit(BAD_INPUT)
+    except RuntimeError:
+        if CheckSweep.stopped is None:
+            raise
     except KeyboardInterrupt:
         print("interrupted; what is done stays done, and the same command goes on from there", file=sys.stderr)
         sys.exit(130)
-    sys.exit(summarize(sweep or STARTED))
+    sys.exit(summarize(sweep or STARTED) if CheckSweep.stopped is None else CheckSweep.stopped)
 
 
 def summarize(jobs: Sequence[RunDirectory]) -> int:

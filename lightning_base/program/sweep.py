@@ -44,6 +44,8 @@ class CheckSweep(Callback):
     """A Hydra callback: checks all jobs of a sweep before the first one starts, and notes them in sweep.json."""
 
     expected: list[RunDirectory] | None = None
+    # The exit code of a command that was asked to stop while worker processes run its jobs.
+    stopped: int | None = None
     # What is on the terminal as long as jobs run; whoever began the command ends it.
     display = ExitStack()
 
@@ -105,6 +107,8 @@ def stop_with_workers(sweep: Path) -> None:
     """
 
     def stop(number: int, frame: FrameType | None) -> None:
+        # Kept, because joblib may say something else of workers that end.
+        CheckSweep.stopped = 128 + signal.SIGINT if number == signal.SIGINT else PREEMPTED
         # Another one than what a terminal may have sent them: the same one twice would kill their jobs.
         passed_on = signal.SIGTERM if number == signal.SIGUSR1 else signal.SIGUSR1
         for worker in psutil.Process().children():

@@ -17,6 +17,7 @@ ARGUMENTS = (
     "logger.tensorboard=false",
 )
 TWO_RANKS = ("strategy=ddp", "trainer.devices=2", "strategy.timeout_seconds=60")
+SHARED_EXPERTS = ("strategy=expert_parallel", *TWO_RANKS[1:])
 
 LIMITING = '''
 import resource
@@ -49,7 +50,11 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
-@pytest.mark.parametrize("ranks", [(), pytest.param(TWO_RANKS, marks=pytest.mark.exhaustive)], ids=["one", "two"])
+@pytest.mark.parametrize(
+    "ranks",
+    [(), *(pytest.param(several, marks=pytest.mark.exhaustive) for several in (TWO_RANKS, SHARED_EXPERTS))],
+    ids=["one", "two", "shared_experts"],
+)
 def test_a_full_disk_in_a_save_ends_the_run_with_what_is_safe_and_with_room_it_goes_on(
     ranks: tuple[str, ...], small_corpus: list[str], small_disk: Path
 ) -> None:

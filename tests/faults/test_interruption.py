@@ -103,7 +103,8 @@ def test_sigterm_saves_and_the_same_command_continues_bit_for_bit(
 
 
 def test_sigterm_to_a_job_of_two_ranks_stops_both_at_the_same_step(small_corpus: list[str], tmp_path: Path) -> None:
-    process = program.start(*small_corpus, *LONG, "strategy=ddp", "trainer.devices=2", f"runs_dir={tmp_path}")
+    ranks = ("strategy=expert_parallel", "trainer.devices=2")
+    process = program.start(*small_corpus, *LONG, *ranks, f"runs_dir={tmp_path}")
     directory = wait_for_step(tmp_path, 13, process)
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=90)
@@ -132,11 +133,14 @@ def test_killing_the_launcher_leaves_no_rank_behind_and_the_run_resumes(
     assert_same_run(directory, undisturbed)
 
 
-@pytest.mark.parametrize("start", [program.start, pytest.param(start_anew, marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize(
+    ("start", "strategy"),
+    [(program.start, "expert_parallel"), pytest.param(start_anew, "ddp", marks=pytest.mark.exhaustive)],
+)
 def test_a_killed_rank_ends_the_job_with_a_status(
-    start: Callable[..., Forked | subprocess.Popen], small_corpus: list[str], tmp_path: Path
+    start: Callable[..., Forked | subprocess.Popen], strategy: str, small_corpus: list[str], tmp_path: Path
 ) -> None:
-    ranks = ("strategy=ddp", "trainer.devices=2", "strategy.timeout_seconds=20")
+    ranks = (f"strategy={strategy}", "trainer.devices=2", "strategy.timeout_seconds=20")
     process = start(*small_corpus, *LONG, *ranks, f"runs_dir={tmp_path}")
     directory = wait_for_step(tmp_path, 13, process)
     # The launcher's child is torchrun, and its children are the ranks.

@@ -24,6 +24,7 @@ ARGUMENTS = (
 PLACES = ("evaluation_2", "part_4", "rename_4", "renamed_4", "evaluation_4", "evaluation_6", "final")
 SHORT = ("evaluation_2", "rename_4", "renamed_4", "evaluation_6", "final")
 TWO_RANKS = ("strategy=ddp", "trainer.devices=2", "strategy.timeout_seconds=60")
+SHARED_EXPERTS = ("strategy=expert_parallel", *TWO_RANKS[1:])
 # What is measured with a clock; the machine's speed is not even measured at the same steps.
 CLOCKS = ("train/step_time", "train/tokens_per_second", "train/memory_mb", "train_time/", "machine/")
 
@@ -66,8 +67,9 @@ def undisturbed(small_corpus: list[str], tmp_path_factory: pytest.TempPathFactor
         (SHORT, ()),
         pytest.param(PLACES, (), marks=pytest.mark.exhaustive),
         pytest.param(PLACES, TWO_RANKS, marks=pytest.mark.exhaustive),
+        pytest.param(PLACES, SHARED_EXPERTS, marks=pytest.mark.exhaustive),
     ],
-    ids=["short", "one_rank", "two_ranks"],
+    ids=["short", "one_rank", "two_ranks", "shared_experts"],
 )
 def test_no_row_is_lost_or_doubled_by_a_kill_at_any_stage(
     places: tuple[str, ...], ranks: tuple[str, ...], small_corpus: list[str], tmp_path: Path, undisturbed: Path
@@ -89,7 +91,9 @@ def test_no_row_is_lost_or_doubled_by_a_kill_at_any_stage(
     done = program.train(*small_corpus, *ARGUMENTS, *ranks, f"hydra.run.dir={run}", routers=folder)
     assert done.returncode == 0, done.stderr
     expected, found = rows(undisturbed), rows(run)
-    assert set(expected) == {"compute_balance.csv", "drop_by_position.csv", "expert_load.csv", "metrics.csv"}
+    exchanged = {"communication.csv"} if ranks == SHARED_EXPERTS else set()
+    logs = {"compute_balance.csv", "drop_by_position.csv", "expert_load.csv", "metrics.csv"}
+    assert set(expected) == logs | exchanged
     assert set(found) == set(expected)
     for name in expected:
         assert found[name] == expected[name], name

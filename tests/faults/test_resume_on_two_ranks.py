@@ -16,7 +16,6 @@ STEPS = 32
 ARGUMENTS = (
     "router=switch",
     "router.capacity_factor=0.75",
-    "strategy=ddp",
     "trainer.devices=2",
     f"trainer.max_steps={STEPS}",
     "trainer.log_every_n_steps=4",
@@ -26,20 +25,25 @@ ARGUMENTS = (
 )
 
 
+@pytest.fixture(scope="module", params=["expert_parallel", pytest.param("ddp", marks=pytest.mark.exhaustive)])
+def strategy(request: pytest.FixtureRequest) -> str:
+    return f"strategy={request.param}"
+
+
 @pytest.fixture(scope="module")
-def undisturbed(small_corpus: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def undisturbed(strategy: str, small_corpus: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that nobody interrupts."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    done = program.train(*small_corpus, *ARGUMENTS, f"runs_dir={folder}")
+    done = program.train(*small_corpus, *ARGUMENTS, strategy, f"runs_dir={folder}")
     assert done.returncode == 0, done.stderr
     return program.only_job(folder)
 
 
 @pytest.fixture(scope="module")
-def resumed(small_corpus: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def resumed(strategy: str, small_corpus: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same run, which got SIGTERM between two checkpoints and was started again."""
     folder = tmp_path_factory.mktemp("resumed")
-    arguments = (*small_corpus, *ARGUMENTS, f"runs_dir={folder}")
+    arguments = (*small_corpus, *ARGUMENTS, strategy, f"runs_dir={folder}")
     process = program.start(*arguments)
     directory = wait_for_step(folder, 8, process)
     process.send_signal(signal.SIGTERM)
@@ -93,9 +97,9 @@ def test_recorded_plans_are_those_of_an_undisturbed_run(undisturbed: Path, resum
 
 
 def test_ranks_that_torchrun_starts_anew_go_on_by_themselves(
-    small_corpus: list[str], tmp_path: Path, undisturbed: Path
+    strategy: str, small_corpus: list[str], tmp_path: Path, undisturbed: Path
 ) -> None:
-    options = ("strategy.max_restarts=1", "strategy.timeout_seconds=60", f"runs_dir={tmp_path}")
+    options = (strategy, "strategy.max_restarts=1", "strategy.timeout_seconds=60", f"runs_dir={tmp_path}")
     process = program.start(*small_corpus, *ARGUMENTS, *options)
     directory = wait_for_step(tmp_path, 12, process)  # past the checkpoint of step 10
     os.kill(rank_processes(directory)[1], signal.SIGKILL)

@@ -18,22 +18,28 @@ SHORT = {
     ("SIGINT", "rank", 1),
     ("SIGUSR1", "command", 1),
     ("SIGUSR1", "rank", 2),
-    ("SIGUSR2", "everybody", 2),
+    ("SIGUSR2", "everybody", "expert_parallel"),
     ("SIGINT", "command", 2),
 }
+# Experts on two ranks: the step ends with an exchange under way.
+SHARED_EXPERTS = [("SIGTERM", "rank"), ("SIGUSR1", "command"), ("SIGUSR2", "everybody"), ("SIGINT", "everybody")]
 
 
 def cases() -> list:
     every = [(name, to, ranks) for name in FOUR for to in ("rank", "command", "everybody") for ranks in (1, 2)]
+    every += [(*case, "expert_parallel") for case in SHARED_EXPERTS]
     marks = {case: [] if case in SHORT else [pytest.mark.exhaustive] for case in every}
     return [pytest.param(*case, marks=mark, id="-".join(map(str, case))) for case, mark in marks.items()]
 
 
 @pytest.mark.parametrize(("name", "to", "ranks"), cases())
 def test_a_signal_saves_the_step_and_the_run_can_go_on(
-    name: str, to: str, ranks: int, small_corpus: list[str], tmp_path: Path
+    name: str, to: str, ranks: int | str, small_corpus: list[str], tmp_path: Path
 ) -> None:
-    several = ("strategy=ddp", "trainer.devices=2") if ranks == 2 else ()
+    several = ()
+    if ranks != 1:
+        strategy, ranks = (ranks, 2) if isinstance(ranks, str) else ("ddp", ranks)
+        several = (f"strategy={strategy}", "trainer.devices=2")
     # A sweep of one job trains in a process of its own, as any job without debug=... does.
     # Workers of the loader are among everybody, and are needed for one more step.
     loaded = "data.num_workers=1" if to == "everybody" else "data.num_workers=0"

@@ -3,7 +3,9 @@
 import os
 import signal
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import program
 import psutil
@@ -12,7 +14,9 @@ from omegaconf import OmegaConf
 from test_interruption import LONG, rank_processes, wait_for_step, wait_until_gone
 
 TIMEOUT = 10
-RANKS = ("strategy=ddp", "trainer.devices=2", f"strategy.timeout_seconds={TIMEOUT}")
+RANKS = ("trainer.devices=2", f"strategy.timeout_seconds={TIMEOUT}")
+# With experts on both ranks there is an exchange to hang in, beside the gradients'; the long form has replicas too.
+STRATEGIES = ["expert_parallel", pytest.param("ddp", marks=pytest.mark.exhaustive)]
 # What a shared machine may add to a few seconds.
 SLACK = 30
 ROUTER = '''
@@ -80,32 +84,64 @@ def routers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_rank_that_hangs_is_named_with_its_stack(small_corpus: list[str], routers: Path, tmp_path: Path) -> None:
-    began = time.time()
-    done = program.train(
-        "-m", *small_corpus, *RANKS, "router=breaking", "router.place=hang", f"runs_dir={tmp_path}", routers=routers
-    )
-    status = program.read(program.only_job(tmp_path) / "status.json")
-    assert (done.returncode, status["state"], status["rank"]) == (1, "failed", 1), done.stderr
-    assert "rank 1 does not answer after step 2, in the forward pass" in status["error"]
-    assert "breaking.py" in status["traceback"]
-    assert wait_until_gone(tmp_path) == []
-    assert status["updated"] - began < TIMEOUT + 2 * SLACK
+@dataclass
+class Ended:
+    """A command that has ended: its exit code, what it printed, its job and how many seconds its end took."""
+
+    code: int | None
+    errors: str
+    run: Path
+    seconds: float
+
+    @property
+    def status(self) -> dict[str, Any]:
+        return program.read(self.run / "status.json")
 
 
-@pytest.mark.parametrize("stopped", [0, pytest.param(1, marks=pytest.mark.exhaustive)])
-def test_a_stopped_rank_is_named(stopped: int, small_corpus: list[str], tmp_path: Path) -> None:
-    process = program.start(*small_corpus, *LONG, *RANKS, f"runs_dir={tmp_path}")
-    directory = wait_for_step(tmp_path, 13, process)
-    os.kill(rank_processes(directory)[stopped], signal.SIGSTOP)
-    began = time.time()
-    _, errors = process.communicate(timeout=TIMEOUT + 120)
-    status = program.read(directory / "status.json")
-    assert (process.returncode, status["state"], status["rank"]) == (1, "failed", stopped), errors
-    assert f"rank {stopped} is stopped (SIGSTOP) after step" in status["error"]
-    assert status["traceback"] is not None, "what the other rank said of it"
-    assert wait_until_gone(tmp_path) == []
-    assert status["updated"] - began < TIMEOUT + SLACK
+@pytest.fixture(scope="module", params=STRATEGIES)
+def ended(
+    request: pytest.FixtureRequest, small_corpus: list[str], routers: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Ended]:
+    """Two jobs at a time, which wait for most of theirs: in one rank 1 hangs, in the other one is stopped."""
+    folders = {name: tmp_path_factory.mktemp(name) for name in ("hanging", "stopped")}
+    common = (*small_corpus, *RANKS, f"strategy={request.param}")
+    hang = ("router=breaking", "router.place=hang", f"runs_dir={folders['hanging']}")
+    began = {"hanging": time.time()}
+    commands = {
+        "hanging": program.start("-m", *common, *hang, routers=routers),
+        "stopped": program.start(*common, *LONG, f"runs_dir={folders['stopped']}"),
+    }
+    run = wait_for_step(folders["stopped"], 13, commands["stopped"])
+    os.kill(rank_processes(run)[stopped_rank(request.param)], signal.SIGSTOP)
+    began["stopped"] = time.time()
+    found = {}
+    for name, command in commands.items():
+        _, errors = command.communicate(timeout=TIMEOUT + 200)
+        path = program.only_job(folders[name])
+        seconds = program.read(path / "status.json")["updated"] - began[name]
+        found[name] = Ended(command.returncode, errors, path, seconds)
+        assert wait_until_gone(folders[name]) == []
+    return found
+
+
+def stopped_rank(strategy: str) -> int:
+    return 0 if strategy == "expert_parallel" else 1
+
+
+def test_a_rank_that_hangs_is_named_with_its_stack(ended: dict[str, Ended]) -> None:
+    job = ended["hanging"]
+    assert (job.code, job.status["state"], job.status["rank"]) == (1, "failed", 1), job.errors
+    assert "rank 1 does not answer after step 2, in the forward pass" in job.status["error"]
+    assert "breaking.py" in job.status["traceback"]
+    assert job.seconds < TIMEOUT + 2 * SLACK
+
+
+def test_a_stopped_rank_is_named(ended: dict[str, Ended]) -> None:
+    job = ended["stopped"]
+    stopped = stopped_rank(OmegaConf.load(job.run / ".hydra" / "config.yaml").strategy.name)
+    assert (job.code, job.status["state"], job.status["rank"]) == (1, "failed", stopped), job.errors
+    assert f"rank {stopped} is stopped (SIGSTOP) after step" in job.status["error"]
+    assert job.seconds < TIMEOUT + SLACK
 
 
 @pytest.mark.exhaustive
@@ -129,32 +165,44 @@ BROKEN = {
 
 
 @pytest.fixture(scope="module")
-def broken(small_corpus: list[str], routers: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The jobs of a sweep, by where one of their ranks raises; a forward pass is in test_a_job_that_fails.py."""
+def broken(
+    small_corpus: list[str], routers: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[tuple[str, str], Path]:
+    """The jobs of a sweep, by their strategy and where one of their ranks raises.
+
+    One that raises in the forward pass is in test_a_job_that_fails.py.
+    """
     runs = tmp_path_factory.mktemp("broken")
-    arms = ("router=breaking", f"router.place={','.join(BROKEN)}")
-    done = program.train("-m", *small_corpus, *RANKS, *arms, f"runs_dir={runs}", routers=routers, timeout=400)
+    arms = (f"router.place={','.join(BROKEN)}", "strategy=ddp,expert_parallel")
+    done = program.train(
+        "-m", "router=breaking", *small_corpus, *RANKS, *arms, f"runs_dir={runs}", routers=routers, timeout=500
+    )
     assert done.returncode == 1, done.stderr
-    assert "0 of 4 jobs done" in done.stderr
+    assert "0 of 8 jobs done" in done.stderr
     assert wait_until_gone(runs) == []
-    return {OmegaConf.load(path / ".hydra/config.yaml").router.place: path for path in program.jobs(runs).values()}
+    configs = {path: OmegaConf.load(path / ".hydra/config.yaml") for path in program.jobs(runs).values()}
+    return {(config.strategy.name, config.router.place): path for path, config in configs.items()}
 
 
 @pytest.mark.exhaustive
+@pytest.mark.parametrize("strategy", ["ddp", "expert_parallel"])
 @pytest.mark.parametrize("place", BROKEN)
-def test_the_rank_that_raises_is_named_with_its_traceback(place: str, broken: dict[str, Path]) -> None:
-    status = program.read(broken[place] / "status.json")
+def test_the_rank_that_raises_is_named_with_its_traceback(
+    place: str, strategy: str, broken: dict[tuple[str, str], Path]
+) -> None:
+    run = broken[strategy, place]
+    status = program.read(run / "status.json")
     assert (status["state"], status["rank"]) == ("failed", 0 if place == "save" else 1)
     assert BROKEN[place] in status["error"]
     assert place == "save" or status["error"].startswith(BROKEN[place])
     assert "breaking.py" in status["traceback"] or place == "loss"
-    failures = [program.read(path)["time"] for path in (broken[place] / "failures").glob("rank_*.json")]
+    failures = [program.read(path)["time"] for path in (run / "failures").glob("rank_*.json")]
     assert status["updated"] - min(failures) < SLACK
 
 
 @pytest.mark.exhaustive
 def test_killing_torchrun_leaves_no_rank_behind_and_says_so(small_corpus: list[str], tmp_path: Path) -> None:
-    process = program.start("-m", "seed=1", *small_corpus, *LONG, *RANKS, f"runs_dir={tmp_path}")
+    process = program.start("-m", "strategy=expert_parallel", *small_corpus, *LONG, *RANKS, f"runs_dir={tmp_path}")
     directory = wait_for_step(tmp_path, 13, process)
     psutil.Process(rank_processes(directory)[0]).parent().kill()
     _, errors = process.communicate(timeout=120)

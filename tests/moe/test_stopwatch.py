@@ -106,6 +106,7 @@ def compare_compiled(rank: int) -> None:
         assert watch.seconds == dict.fromkeys(PHASES, float(passed * LAYERS)), calls
 
 
+@pytest.mark.exhaustive
 def test_a_compiled_model_is_timed_too() -> None:
     # In a process of its own: the compiler cannot trace the shape checks that are on in this one.
     context = torch.multiprocessing.spawn(compare_compiled, nprocs=1, join=False)
