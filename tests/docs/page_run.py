@@ -69,5 +69,7 @@ def output(command: Command) -> str:
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 0, f"{command.place}: {' '.join(command.words)}\n{done.stdout}\n{done.stderr}"
+    # A page may show a router that breaks a promise.
+    good = (0, 1) if "check-router" in command.words else (0,)
+    assert done.returncode in good, f"{command.place}: {' '.join(command.words)}\n{done.stdout}\n{done.stderr}"
     return f"{done.stdout}\n{done.stderr}\n"
