@@ -145,12 +145,13 @@ class LanguageModel(pl.LightningModule):
         """
         prepared = getattr(getattr(self.trainer, "datamodule", None), "prepared", None)
         if prepared is not None:
-            known = torch.from_numpy(prepared.bytes_per_token)
-            self.bytes_per_token[: len(known)] = known.to(self.bytes_per_token)
+            size = prepared.vocab_size
+            if prepared.bytes_per_token is not None:
+                self.bytes_per_token[:size] = torch.from_numpy(prepared.bytes_per_token).to(self.bytes_per_token)
             routers = [layer.router for layer in self.model.sparse_layers.values()]
             if stage == "fit" and any(type(router).prepare is not Router.prepare for router in routers):
                 token_counts = torch.zeros_like(self.bytes_per_token)
-                token_counts[: len(known)] = torch.from_numpy(prepared.train.token_counts(len(known))).to(token_counts)
+                token_counts[:size] = torch.from_numpy(prepared.train.token_counts(size)).to(token_counts)
                 for router in routers:
                     router.prepare(token_counts)
         padding = getattr(getattr(self.trainer, "datamodule", None), "packing", None) != "packed"

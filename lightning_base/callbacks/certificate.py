@@ -94,6 +94,7 @@ class Certificate(pl.Callback):
         prepared = trainer.datamodule.prepared  # type: ignore[attr-defined]
         certificate: dict[str, Any] = {
             "corpus_fingerprint": prepared.fingerprint,
+            "tokenizer_sha256": prepared.tokenizer_sha256,
             "seed": self.config["seed"],
             "config": self.config,
             "architecture": pl_module.model.architecture,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lightning_base.callbacks.clock import TrainingClock
 from lightning_base.callbacks.progress import ArmProgressBar
-from lightning_base.data import Corpus, TextDataModule
+from lightning_base.data import TextDataModule
 from lightning_base.distributed.expert_parallel import ExpertParallelStrategy
 from lightning_base.instantiation import ConfigError, instantiate
 from lightning_base.module import LanguageModel
@@ -32,7 +32,7 @@ def build_data(config: Config, prepared: str | None = None) -> TextDataModule:
     """
     options = {key: value for key, value in asdict(config.data).items() if key != "corpus"}
     return TextDataModule(
-        instantiate(config.data.corpus, "data.corpus", Corpus),
+        config.build_corpus(),
         seed=config.seed,
         num_steps=config.trainer.max_steps,
         accumulation=config.trainer.accumulate_grad_batches,

@@ -16,6 +16,9 @@ from lightning_base.program.plugins import declare
 from lightning_base.program.trainer_arguments import check_trainer_argument
 from lightning_base.routing.router import Router
 
+if typing.TYPE_CHECKING:
+    from lightning_base.data import Corpus
+
 
 @dataclass(frozen=True)
 class ModuleConfig:
@@ -56,6 +59,8 @@ class DataConfig:
     routing_group: int
     validation_fraction: float
     cache_dir: str
+    tokenizer: str | None = None
+    end_of_text: str | int | None = None
     packing: Literal["packed", "documents"] = "packed"
     attend_across_documents: bool = True
     validation_sequences: int | None = None
@@ -63,7 +68,7 @@ class DataConfig:
     distinct_batches: int | None = None
 
     def __post_init__(self) -> None:
-        require(self.vocab_size >= 257, "data.vocab_size", self.vocab_size, "256 bytes and the end of text need 257")
+        require(self.vocab_size >= 2, "data.vocab_size", self.vocab_size, "give at least 2")
         require(self.sequence_length >= 2, "data.sequence_length", self.sequence_length, "give at least 2")
         require(self.global_batch >= 1, "data.global_batch", self.global_batch, "give at least 1 sequence")
         require(self.routing_group >= 1, "data.routing_group", self.routing_group, "give at least 1 sequence")
@@ -177,6 +182,14 @@ class Config:
         )
         assert isinstance(router, Router)
         return router
+
+    def build_corpus(self) -> "Corpus":
+        """Where the documents come from; nothing is read yet."""
+        from lightning_base.data import Corpus
+
+        corpus = instantiate(self.data.corpus, "data.corpus", Corpus, end_of_text=self.data.end_of_text)
+        assert isinstance(corpus, Corpus)
+        return corpus
 
 
 def read_config(node: Mapping[str, Any]) -> Config:
