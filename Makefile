@@ -120,8 +120,16 @@ test-slurm: setup-dev  ## A sweep on a Slurm of one node that pre-empts; as root
 mutations: setup-dev  ## Breaks the code in a copy, one fault at a time: the short form has to find each
 	@$(BIN)/python tests/mutations $(ARGS)
 
+.PHONY: docs
+docs: setup-dev  ## Builds the documentation into site/; a warning is an error
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+
+.PHONY: docs-serve
+docs-serve: setup-dev  ## Shows the documentation at http://localhost:8000, and follows changes
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
+
 .PHONY: check
-check: setup-dev  ## Format, lint, types, import layers
+check: setup-dev docs  ## Format, lint, types, import layers, documentation
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
@@ -134,4 +142,4 @@ format: setup-dev  ## Formats the code
 
 .PHONY: clean
 clean:  ## Removes .venv and caches; keeps runs/
-	@rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	@rm -rf $(VENV) site .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

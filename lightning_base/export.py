@@ -84,7 +84,10 @@ def export(path: Path, checkpoint: Path | None = None, target: Path | None = Non
 
 
 def load(folder: Path, plugins: Sequence[str] = ()) -> LanguageModel:
-    """The model of an export, in evaluation mode; ``model(batch)`` gives logits and plans.
+    """The model of an export, in evaluation mode.
+
+    ``model({"input_ids": ids, "valid": valid})`` gives logits [B, L, V] and the plan of each sparse layer, for ids
+    [B, L] and valid [B, L], which is False for padding.
 
     Args:
         folder: with ``model.safetensors`` and ``model.json``.

@@ -24,6 +24,7 @@ FIRST = (
     "analysis/",
     "test_r",
     "library/test_in",
+    "docs/",
 )
 FIRST += ("test_", "distributed/", "notebooks/", "assignment/", "library/", "report/test_f", "callbacks/")
 

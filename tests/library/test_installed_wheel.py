@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import forks
+import pages
 import pytest
-import test_page as page
 from packages import PIP, run
 from packaging.requirements import Requirement
 
@@ -96,31 +96,14 @@ def test_a_program_trains_in_plain_pytorch_from_the_installed_wheel(python: Path
     assert not {"hydra", "omegaconf", "pytorch_lightning", "lightning_fabric", "tensorboard"} & set(seen["imported"])
 
 
-def write_page(folder: Path, without: str | None = None) -> None:
-    code = page.program(without)
-    assert code.count("assert ") >= 5
-    (folder / "library.py").write_text(code)
-
-
-def check_loads_of_the_page(folder: Path) -> None:
-    header, *rows = (folder / "loads.csv").read_text().splitlines()
+@pytest.mark.exhaustive
+def test_the_code_of_the_page_runs_from_the_wheel_and_does_what_it_says(python: Path, tmp_path: Path) -> None:
+    (tmp_path / "library.py").write_text(pages.python_program(REPOSITORY / "docs" / "library.md"))
+    run(python, "-I", "library.py", cwd=tmp_path)
+    header, *rows = (tmp_path / "loads.csv").read_text().splitlines()
     assert header == "step,stage,layer,expert,demand,load"
     # 2 steps are recorded, of a layer with 4 experts and one with 8.
     assert len(rows) == 2 * (4 + 8)
-
-
-def test_the_code_of_the_page_does_what_it_says(tmp_path: Path) -> None:
-    write_page(tmp_path, without="torch.compile")
-    done = forks.run(["library.py"], folder=tmp_path)
-    assert done.returncode == 0, done.stderr
-    check_loads_of_the_page(tmp_path)
-
-
-@pytest.mark.exhaustive
-def test_the_code_of_the_page_runs_from_the_wheel_and_does_what_it_says(python: Path, tmp_path: Path) -> None:
-    write_page(tmp_path)
-    run(python, "-I", "library.py", cwd=tmp_path)
-    check_loads_of_the_page(tmp_path)
 
 
 def test_every_part_of_the_package_imports_with_the_declared_dependencies(python: Path, tmp_path: Path) -> None:

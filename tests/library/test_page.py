@@ -1,29 +1,11 @@
-"""docs/library.md names what there is. Its code runs in test_installed_wheel.py."""
+"""docs/library.md names what there is. Its code runs in tests/docs, and from the wheel."""
 
-import re
 from pathlib import Path
 
 import lightning_base
 from lightning_base import routing
 
 PAGE = Path(__file__).parents[2] / "docs" / "library.md"
-
-
-def program(without: str | None = None) -> str:
-    """The Python blocks of the page as one program, other lines blank, so that a traceback has the line of the page.
-
-    Args:
-        without: blocks that hold this text are left out.
-    """
-    # Text, a fence, what is between it and the next, that one, text, and so on.
-    parts = re.split(r"^(```.*)$", PAGE.read_text(), flags=re.MULTILINE)
-    shown = [
-        part
-        if i % 4 == 2 and parts[i - 1] == "```python" and not (without and without in part)
-        else "\n" * part.count("\n")
-        for i, part in enumerate(parts)
-    ]
-    return "".join(shown)
 
 
 def test_the_page_names_every_public_name() -> None:
