@@ -77,8 +77,10 @@ class DropIn(nn.Module):
     @torch.compiler.disable
     def _keep(self, plan: RoutingPlan) -> None:
         # Inside a backward pass this is activation checkpointing, which repeats a pass that was kept.
-        if torch._C._current_graph_task_id() != -1:
-            return
+        if torch._C._current_graph_task_id() == -1:
+            self._take(plan)
+
+    def _take(self, plan: RoutingPlan) -> None:
         self.plan = plan.detached()
         self._live = plan if self.training and self.loss_coefficients else None
         if self.training:

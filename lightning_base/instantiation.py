@@ -25,6 +25,12 @@ class ConfigError(ValueError):
     """One sentence that names the key, what was given and what would do."""
 
 
+def require(holds: bool, key: str, value: object, accepted: str) -> None:
+    """Raises ConfigError in the one form all range errors have."""
+    if not holds:
+        raise ConfigError(f"{key}={value} is out of range: {accepted}")
+
+
 def trust(name: str) -> None:
     """Allows configurations of this process to name a class, or the classes of a package."""
     _TRUSTED.add(name)
@@ -51,6 +57,9 @@ def resolve(target: str, key: str, base: type) -> type:
         found = getattr(module, name)
     except (ImportError, AttributeError) as error:
         raise ConfigError(f"{key}._target_={target} does not exist: {error}") from error
+    except (Exception, SystemExit) as error:  # whatever its author has written
+        message = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise ConfigError(f"{key}._target_={target} cannot be imported ({message}): mend it first") from error
     package = target.partition(".")[0]
     if home is not None and not f"{getattr(found, '__module__', '')}.".startswith(f"{package}."):
         raise ConfigError(f"{key}._target_={target} is not allowed: it only passes through {package}")

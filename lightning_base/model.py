@@ -5,7 +5,6 @@ Shapes: B sequences, L positions, D width, V vocabulary.
 
 import hashlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -19,14 +18,7 @@ from lightning_base.moe.layer import SparseLayer
 from lightning_base.moe.shuffle import Shuffle
 from lightning_base.routing.plan import RoutingPlan
 from lightning_base.routing.router import Router
-
-
-@dataclass(frozen=True)
-class ModelOutput:
-    """Logits [B, L, V] and one RoutingPlan per sparse layer, by the layer's name."""
-
-    logits: Tensor
-    plans: dict[str, RoutingPlan]
+from lightning_base.sparse_model import ModelOutput, SparseModel
 
 
 class Projection(nn.Linear):
@@ -111,7 +103,7 @@ class Block(nn.Module):
         return self.feed_forward(hidden), None
 
 
-class Transformer(nn.Module):
+class Transformer(SparseModel):
     """Decoder-only language model, pre-norm, tied embeddings.
 
     Args:
@@ -134,6 +126,8 @@ class Transformer(nn.Module):
             many of its sequences; see ``Shuffle``.
         checkpoint_activations: recompute the blocks in the backward pass instead of storing them.
     """
+
+    blocks: nn.ModuleDict
 
     def __init__(
         self,
@@ -198,8 +192,11 @@ class Transformer(nn.Module):
             layer.router.layer = name
 
     @property
+    def stages(self) -> dict[str, nn.Module]:
+        return {"embedding": self.embedding, **self.blocks, "norm": self.norm}
+
+    @property
     def sparse_layers(self) -> dict[str, SparseLayer]:
-        """The sparse layers by name, from the first to the last."""
         found = {}
         for name, block in self.blocks.items():
             layer = block.feed_forward
@@ -213,13 +210,6 @@ class Transformer(nn.Module):
         valid: Bool[Tensor, "B L"] | None = None,
         document: Int64[Tensor, "B L"] | None = None,
     ) -> ModelOutput:
-        """Next-token logits.
-
-        Args:
-            input_ids: [B, L].
-            valid: [B, L], False for padding; None if there is none.
-            document: [B, L]; if given, a position attends only within its own document.
-        """
         hidden = self.embedding(input_ids)
         if self.position is not None:
             hidden = hidden + self.position.weight[: input_ids.shape[1]]
@@ -267,18 +257,18 @@ def sparse_positions(layers: Literal["every_other"] | int | list[int], depth: in
     return positions
 
 
-def initialize(model: nn.Module, seed: int, router_scale: float = 1.0) -> None:
+def initialize(model: nn.Module, seed: int, router_scale: float = 1.0, *, within: str = "") -> None:
     """Draws every parameter anew, each module from a generator seeded by ``seed`` and the module's name.
 
     So that a router with other or more parameters does not shift the weights of any other module. Inner modules come
     first: what a module draws for its parts, such as a router for its gate, is what stays. Parameters of routers are
-    then multiplied by ``router_scale``.
+    then multiplied by ``router_scale``. ``within`` goes before the names, where ``model`` is a part of one.
     """
     with torch.random.fork_rng(devices=[]):
         for name, module in reversed(list(model.named_modules())):
             reset = getattr(module, "reset_parameters", None)
             if reset is not None:
-                digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+                digest = hashlib.sha256(f"{seed}:{within}{name}".encode()).digest()
                 torch.manual_seed(int.from_bytes(digest[:8], "little", signed=True))
                 reset()
     with torch.no_grad():
@@ -286,7 +276,7 @@ def initialize(model: nn.Module, seed: int, router_scale: float = 1.0) -> None:
             parameter.mul_(router_scale)
 
 
-def shared_parameters(model: Transformer) -> Iterator[tuple[str, nn.Parameter]]:
+def shared_parameters(model: SparseModel) -> Iterator[tuple[str, nn.Parameter]]:
     """The parameters that every arm of a comparison has: all outside the sparse layers."""
     sparse = {id(p) for layer in model.sparse_layers.values() for p in layer.parameters()}
     return ((name, p) for name, p in model.named_parameters() if id(p) not in sparse)

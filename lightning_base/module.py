@@ -20,13 +20,14 @@ from lightning_base.distributed.gradients import clip_gradients, gradient_norm, 
 from lightning_base.distributed.reduction import sum_over_ranks
 from lightning_base.instantiation import instantiate
 from lightning_base.metrics.language_model import LanguageModelLoss
-from lightning_base.model import Transformer, initialize
+from lightning_base.model_options import read_model
 from lightning_base.moe.exchange import Exchange
 from lightning_base.moe.layer import set_evaluation_mode, without_exchange
 from lightning_base.program.checkpoint import PARAMETER_NAMES
 from lightning_base.routing.plan import RoutingPlan
 from lightning_base.routing.router import Router
 from lightning_base.routing.selection import full_precision
+from lightning_base.sparse_model import SparseModel
 
 IGNORED = -100
 
@@ -35,7 +36,7 @@ class NonFiniteError(RuntimeError):
     """A loss or hidden state that is NaN or infinite; names the step and the layer.
 
     Attributes:
-        place: the first part of the model that is not finite, if any: ``embedding``, a block, ``norm`` or a parameter.
+        place: the first part of the model that is not finite, if any: one of its ``stages`` or a parameter.
     """
 
     def __init__(self, sentence: str, place: str | None = None) -> None:
@@ -60,7 +61,7 @@ class LanguageModel(pl.LightningModule):
 
     Args:
         router: ``_target_`` and options of the router, as in ``conf/router/``.
-        model: options of ``Transformer``, as in ``conf/model/``.
+        model: its options, as in ``conf/model/``.
         optimizer: learning_rate, warmup_steps, schedule, final_learning_rate, weight_decay, betas.
         max_steps: optimizer steps of the whole run, which the schedule spans.
         vocab_size: V.
@@ -103,20 +104,22 @@ class LanguageModel(pl.LightningModule):
         # Plain containers only: a checkpoint must load with weights_only=True.
         self.save_hyperparameters()
 
+        options = read_model(model)
+
         def make_router() -> Router:
-            made = instantiate(router, "router", Router, width=model["width"], vocab_size=vocab_size)
+            made = instantiate(router, "router", Router, width=options.router_width, vocab_size=vocab_size)
             assert isinstance(made, Router)
             return made
 
-        self.model = Transformer(
+        self.model: SparseModel = options.build(
+            seed=seed,
+            router_scale=router_init_scale,
             vocab_size=vocab_size,
             sequence_length=sequence_length,
             make_router=make_router,
             routing_group=routing_group,
             checkpoint_activations=activation_checkpointing,
-            **model,
         )
-        initialize(self.model, seed, router_init_scale)
         self.optimizer_options = dict(optimizer)
         self.max_steps = max_steps
         self.attend_across_documents = attend_across_documents
@@ -142,12 +145,13 @@ class LanguageModel(pl.LightningModule):
         """
         prepared = getattr(getattr(self.trainer, "datamodule", None), "prepared", None)
         if prepared is not None:
-            known = torch.from_numpy(prepared.bytes_per_token)
-            self.bytes_per_token[: len(known)] = known.to(self.bytes_per_token)
+            size = prepared.vocab_size
+            if prepared.bytes_per_token is not None:
+                self.bytes_per_token[:size] = torch.from_numpy(prepared.bytes_per_token).to(self.bytes_per_token)
             routers = [layer.router for layer in self.model.sparse_layers.values()]
             if stage == "fit" and any(type(router).prepare is not Router.prepare for router in routers):
                 token_counts = torch.zeros_like(self.bytes_per_token)
-                token_counts[: len(known)] = torch.from_numpy(prepared.train.token_counts(len(known))).to(token_counts)
+                token_counts[:size] = torch.from_numpy(prepared.train.token_counts(size)).to(token_counts)
                 for router in routers:
                     router.prepare(token_counts)
         padding = getattr(getattr(self.trainer, "datamodule", None), "packing", None) != "packed"
@@ -234,10 +238,13 @@ class LanguageModel(pl.LightningModule):
         kept: list[nn.Parameter] = []
         first, second = (float(beta) for beta in options["betas"])
         embeddings = {id(m.weight) for m in self.model.modules() if isinstance(m, nn.Embedding)}
+        # Their first dimension is the expert.
+        experts = {p for layer in self.model.sparse_layers.values() for p in layer.experts.parameters()}
         routers = {p: None for m in self.model.modules() if isinstance(m, Router) for p in m.parameters()}
         for parameter in self.model.parameters():
             if parameter not in routers:
-                (kept if parameter.ndim < 2 or id(parameter) in embeddings else decayed).append(parameter)
+                vector = parameter.ndim - (parameter in experts) < 2
+                (kept if vector or id(parameter) in embeddings else decayed).append(parameter)
         optimizer = torch.optim.AdamW(
             [
                 {"params": decayed, "weight_decay": float(options["weight_decay"])},
@@ -375,10 +382,9 @@ class LanguageModel(pl.LightningModule):
             if isinstance(hidden, Tensor) and not bool(torch.isfinite(hidden).all()):
                 broken.append(name)
 
-        places: dict[str, nn.Module] = {"embedding": self.model.embedding, **self.model.blocks, "norm": self.model.norm}
         hooks = [
             module.register_forward_hook(lambda _m, _i, output, name=name: watch(name, output))
-            for name, module in places.items()
+            for name, module in self.model.stages.items()
         ]
         # This rank may be the only one that is here: it cannot gather slices, nor ask for experts.
         sliced = any(local(parameter) is not parameter for parameter in self.model.parameters())

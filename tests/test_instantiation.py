@@ -141,7 +141,7 @@ def test_a_node_without_a_target_is_refused(node: Any) -> None:
         (
             {"zzz": 1},
             "router.zzz is not an option of Switch; choose one of "
-            "balance_scope, capacity_factor, evaluation_capacity_factor, num_experts",
+            "balance_scope, capacity_factor, evaluation_capacity_factor, gate, num_experts",
         ),
         # Supplied by the program, so that it is no option of the user's.
         ({"width": 32}, "router.width is not an option of Switch"),

@@ -116,6 +116,8 @@ def test_the_hash_of_a_source_changes_with_it(tmp_path: Path, monkeypatch: pytes
 def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     install(tmp_path, "declared_package")
     (tmp_path / "broken_package.py").write_text("1 / 0\n")
+    (tmp_path / "leaving_package.py").write_text("raise SystemExit(3)\n")
+    (tmp_path / "declared_package" / "broken_module.py").write_text("1 / 0\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     yield tmp_path
     for name in ("declared_package", "shadowing_package", "twice_package"):
@@ -130,6 +132,11 @@ MISTAKES = {
     ),
     "not installed": (["plugins=[nowhere_package]"], "plugins=nowhere_package cannot be imported (ModuleNotFoundError"),
     "does not import": (["plugins=[broken_package]"], "broken_package cannot be imported (ZeroDivisionError"),
+    "ends the process": (["plugins=[leaving_package]"], "leaving_package cannot be imported (SystemExit: 3)"),
+    "a module of it does not import": (
+        ["plugins=[declared_package]", "router=declared_package.broken_module.MyRouter"],
+        "broken_module.MyRouter cannot be imported (ZeroDivisionError: division by zero): mend it first",
+    ),
     "ours": (["plugins=[lightning_base.program.rank]"], "plugins=lightning_base.program.rank is no package of yours"),
     "no router": (["plugins=[declared_package]", "router=declared_package.NoRouter"], "is not a Router"),
     "what it imports": (
@@ -156,3 +163,35 @@ def test_an_installed_router_may_not_have_the_name_of_ours_or_of_another(site: P
     install(site, "twice_package", "base")
     with pytest.raises(ConfigError, match="two installed packages name a router base"):
         plugins.store_routers([], [])
+
+
+@pytest.mark.parametrize(
+    ("installed", "arguments", "sentence"),
+    [
+        (
+            {},
+            ["plugins=[broken_package]", "router=broken_package.MyRouter"],
+            "plugins=broken_package cannot be imported",
+        ),
+        (
+            {},
+            ["plugins=[declared_package]", "router=declared_package.NoRouter"],
+            "declared_package.NoRouter is not a Router",
+        ),
+        ({"one_package": "base"}, ["router=base"], "the router base of one_package.MyRouter"),
+        ({"one_package": "mine", "two_package": "mine"}, ["router=mine"], "two installed packages name a router mine"),
+    ],
+    ids=["does not import", "no router", "a name of ours", "one name twice"],
+)
+def test_the_command_answers_with_one_sentence_and_exit_code_2_before_it_writes_anything(
+    installed: dict[str, str], arguments: list[str], sentence: str, site: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for package, name in installed.items():
+        install(site, package, name)
+    monkeypatch.setenv("PYTHONPATH", str(site), prepend=":")
+    done = program.train(*arguments, f"runs_dir={site}/runs")
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("error: ")
+    assert sentence in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert not (site / "runs").exists()

@@ -21,8 +21,10 @@ Name = Callable[[int], str]
 ON_PAGE, IN_FILE = 8, 25
 
 
-def token_name(tokenizer: Tokenizer) -> Name:
-    """From a token's id to text that can be seen."""
+def token_name(tokenizer: Tokenizer | None) -> Name:
+    """From a token's id to text that can be seen; to the id in brackets where nobody has said what it stands for."""
+    if tokenizer is None:
+        return "<{}>".format
     return lambda token: printable_token(tokenizer, token)
 
 

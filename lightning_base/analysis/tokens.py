@@ -1,4 +1,4 @@
-"""Tokens of a byte-level vocabulary as text that can be seen in a table."""
+"""Tokens as text that can be seen in a table, in most vocabularies written byte by byte."""
 
 from functools import cache
 
@@ -17,7 +17,10 @@ def printable_token(tokenizer: Tokenizer, token: int) -> str:
     name = tokenizer.id_to_token(token)
     if name is None or name == END_OF_TEXT:
         return END_OF_TEXT if name else f"<{token}>"
-    return visible(bytes(byte_of_letter()[letter] for letter in name))
+    letters = byte_of_letter()
+    if not all(letter in letters for letter in name):  # a token of characters
+        return visible(name.encode())
+    return visible(bytes(letters[letter] for letter in name))
 
 
 def visible(content: bytes) -> str:

@@ -17,9 +17,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from lightning_base.auxiliary_losses import auxiliary_losses, step_counts
 from lightning_base.benchmark.ledger import Ledger
-from lightning_base.data import Corpus
 from lightning_base.data.preparation import prepare_for_run
-from lightning_base.instantiation import instantiate
 from lightning_base.module import IGNORED
 from lightning_base.program import rank as train
 from lightning_base.program.config import Config, read_config
@@ -43,8 +41,7 @@ def prepared_corpus(config: Config) -> str:
     """The name of the prepared corpus; looked for once, as by the program."""
     key = repr(config.data)
     if key not in PREPARED:
-        corpus = instantiate(config.data.corpus, "data.corpus", Corpus)
-        PREPARED[key] = prepare_for_run(corpus, config.data).folder.name
+        PREPARED[key] = prepare_for_run(config.build_corpus(), config.data).folder.name
     return PREPARED[key]
 
 

@@ -19,10 +19,11 @@ from tqdm import tqdm
 
 from lightning_base.benchmark.bare import SMALL_STEP, BareLoop, configuration
 from lightning_base.benchmark.record import Form, Record, ratio_record
+from lightning_base.data.corpus import Document
 from lightning_base.data.encode import SplitWriter, batches
 from lightning_base.data.python_stdlib import PythonStandardLibrary
 from lightning_base.data.survey import Entry
-from lightning_base.data.tokenizer import load_tokenizer
+from lightning_base.data.tokenizer import END_OF_TEXT, load_tokenizer, size_of
 
 BATCHES = 40
 LOADER_AIM, TOKENIZER_AIM = 20.0, 5.0  # times the model; MB/s a core
@@ -77,13 +78,14 @@ def one_core() -> Iterator[None]:
 def tokenizing(tokenizer: Tokenizer, rounds: int) -> Record:
     """How fast one core turns the standard library's source into token files; the ratio is to hashing the same text."""
     entries = list(itertools.chain(*itertools.islice(batches(source()), 4)))  # about 4 MB
-    whole = "".join(entry.document.text for entry in entries).encode()
+    whole = "".join(document.text for document, _, _ in entries if isinstance(document, Document)).encode()
     domains = {entry.document.domain: 0 for entry in entries}
+    end = tokenizer.get_vocab()[END_OF_TEXT]
     encoding, hashing = [], []
     with tempfile.TemporaryDirectory() as folder, one_core():
         for _ in range(rounds):
             began = time.perf_counter()
-            with SplitWriter(Path(folder), "train", tokenizer, "<u2") as writer:
+            with SplitWriter(Path(folder), "train", tokenizer, size_of(tokenizer), end) as writer:
                 writer.write(entries, domains)
             encoding.append(time.perf_counter() - began)
             began = time.perf_counter()

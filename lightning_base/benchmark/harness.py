@@ -81,7 +81,7 @@ def compare(router: str, turns: int, overrides: tuple[str, ...] = ()) -> list[Re
             # With the signs of life that a rank gives at every stage of a step.
             train.run(config, run.path, Heartbeat(run.heartbeats, 0))
         check_losses(run, turned.bare)
-    return turned.records(f"{router}, width {config.model.width}")
+    return turned.records(f"{router}, width {config.model.router_width}")
 
 
 class Turns:

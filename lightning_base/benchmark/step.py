@@ -35,7 +35,7 @@ def records(form: Form, compiled: bool) -> list[Record]:
     loops = {router: make_loop(router) for router in ROUTERS}
     loops[SLOTTED] = make_loop("switch")
     for layer in loops[SLOTTED].model.sparse_layers.values():
-        layer.experts = SlottedExperts(layer.experts, CAPACITY, TOKENS)  # type: ignore[assignment]
+        layer.experts = SlottedExperts(layer.experts, CAPACITY, TOKENS)  # type: ignore[assignment, arg-type]
     if compiled:
         loops |= {f"{router}, compiled": make_loop(router, "module.compile=true") for router in ROUTERS}
     shares = {name: flop_share(loop) for name, loop in loops.items()}

@@ -182,15 +182,16 @@ class Alarms(pl.Callback):
         if not isinstance(exception, NonFiniteError):
             return
         step = trainer.global_step + 1
-        places = ["embedding", *pl_module.model.blocks]
+        places = list(pl_module.model.stages)
         # A solver refuses such scores, so that there is no plan of the step, if they come from an earlier place.
-        refused = isinstance(exception.__cause__, ValueError) and exception.place in places
+        place = exception.place or ""
+        refused = isinstance(exception.__cause__, ValueError) and place in places
         for layer, sparse in pl_module.model.sparse_layers.items():
             plan = pl_module.plans.get(layer)
             gates = torch.zeros(0) if plan is None else plan.weight
             values = [gates, *sparse.router.parameters()]
             bad = sum(int((~torch.isfinite(value)).sum()) for value in values)
-            if not bad and refused and places.index(exception.place) <= places.index(layer):
+            if not bad and refused and places.index(place) <= places.index(layer):
                 bad = 1
             if bad:
                 sentence = f"{layer} has gates that are not finite at step {step}: {exception}"

@@ -94,9 +94,11 @@ class Certificate(pl.Callback):
         prepared = trainer.datamodule.prepared  # type: ignore[attr-defined]
         certificate: dict[str, Any] = {
             "corpus_fingerprint": prepared.fingerprint,
+            "tokenizer_sha256": prepared.tokenizer_sha256,
             "seed": self.config["seed"],
             "config": self.config,
-            "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
+            "architecture": pl_module.model.architecture,
+            "packages": {name: importlib.metadata.version(name) for name in (*PACKAGES, *pl_module.model.packages)},
             "python": platform.python_version(),
             "git_commit": git_commit(),
             "plugin": plugins.certificate(self.config["router"]["_target_"]),
@@ -153,7 +155,7 @@ class Certificate(pl.Callback):
             "evaluation_modes": dict(router.evaluation_modes),
             "parameters": total,
             "active_parameters": total - experts + experts * router.top_k // router.num_experts,
-            "expert_hidden_width": next(iter(layers.values())).experts.w1[0].shape[-1],
+            "expert_hidden_width": next(iter(layers.values())).experts.hidden_width,
             "split_width": self.config["model"]["split_width"],
             "loss_coefficients": pl_module.loss_coefficients,
             **flops,

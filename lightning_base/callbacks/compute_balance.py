@@ -106,15 +106,9 @@ class ComputeBalance(pl.Callback):
             writer = csv.writer(file)
             for i, (name, layer) in enumerate(module.model.sparse_layers.items()):
                 by_unit = {"expert": loads_WPNE[:, :, i].sum((0, 1)), "rank": computed_by_rank(loads_WPNE, group)[i]}
-                width, hidden_width = layer.experts.w1[0].shape[1:]
+                entries = sum(parameter[0].numel() for parameter in layer.experts.parameters() if parameter.ndim == 3)
                 for unit, tokens in by_unit.items():
-                    flops = expert_flops(
-                        tokens,
-                        width=width,
-                        hidden_width=hidden_width,
-                        sublayers=len(layer.experts.w1),
-                        training=stage == "train_step",
-                    )
+                    flops = expert_flops(tokens, entries=entries, training=stage == "train_step")
                     counts = zip(tokens.tolist(), flops.tolist(), strict=True)
                     writer.writerows((step, stage, name, unit, n, t, int(f)) for n, (t, f) in enumerate(counts))
 

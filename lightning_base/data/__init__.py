@@ -4,17 +4,35 @@ The names are imported on first use: `import lightning_base.data` alone loads ne
 """
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightning_base.data.corpus import Corpus, CorpusError, Document, TokenDocument
+    from lightning_base.data.datamodule import TextDataModule
+    from lightning_base.data.evaluation import EvaluationSampler
+    from lightning_base.data.huggingface import HuggingFace
+    from lightning_base.data.loader import TokenLoader, TrainingLoader
+    from lightning_base.data.order import GlobalBatchSampler, check_batch
+    from lightning_base.data.preparation import prepare, prepare_for_run
+    from lightning_base.data.prepared import PreparedCorpus, TokenSplit
+    from lightning_base.data.python_stdlib import PythonStandardLibrary
+    from lightning_base.data.sequences import SequenceDataset
+    from lightning_base.data.text import TextFiles
+    from lightning_base.data.tokens import TokenFiles
+    from lightning_base.data.vocabulary import settled
 
 _HOME = {
     "Corpus": "corpus",
     "CorpusError": "corpus",
     "Document": "corpus",
+    "TokenDocument": "corpus",
     "PythonStandardLibrary": "python_stdlib",
     "TextFiles": "text",
+    "TokenFiles": "tokens",
     "HuggingFace": "huggingface",
     "prepare": "preparation",
     "prepare_for_run": "preparation",
+    "settled": "vocabulary",
     "PreparedCorpus": "prepared",
     "TokenSplit": "prepared",
     "SequenceDataset": "sequences",
@@ -26,7 +44,28 @@ _HOME = {
     "TextDataModule": "datamodule",
 }
 
-__all__ = sorted(_HOME)
+__all__ = [
+    "Corpus",
+    "CorpusError",
+    "Document",
+    "EvaluationSampler",
+    "GlobalBatchSampler",
+    "HuggingFace",
+    "PreparedCorpus",
+    "PythonStandardLibrary",
+    "SequenceDataset",
+    "TextDataModule",
+    "TextFiles",
+    "TokenDocument",
+    "TokenFiles",
+    "TokenLoader",
+    "TokenSplit",
+    "TrainingLoader",
+    "check_batch",
+    "prepare",
+    "prepare_for_run",
+    "settled",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -56,6 +56,8 @@ class TextDataModule(pl.LightningDataModule):
         num_steps: optimizer steps in the whole run.
         accumulation: micro batches per step and rank.
         distinct_batches: how many global batches training repeats over and over; None takes new text in every step.
+        tokenizer: a `tokenizer.json` of one's own, or a folder with one; None learns one from text.
+        end_of_text: the token that ends a document, for token ids and with a tokenizer of one's own.
         prepared: the name of the corpus's folder in `cache_dir`, if it has been prepared already.
 
     Attributes:
@@ -85,6 +87,8 @@ class TextDataModule(pl.LightningDataModule):
         num_steps: int,
         accumulation: int = 1,
         distinct_batches: int | None = None,
+        tokenizer: str | None = None,
+        end_of_text: str | int | None = None,
         prepared: str | None = None,
     ) -> None:
         super().__init__()
@@ -105,6 +109,8 @@ class TextDataModule(pl.LightningDataModule):
         self.num_steps = num_steps
         self.accumulation = accumulation
         self.distinct_batches = distinct_batches
+        self.tokenizer = tokenizer
+        self.end_of_text = end_of_text
         self.prepared_folder = prepared
         self.prepared = None
 

@@ -1,10 +1,10 @@
-"""Any text data set that the `datasets` library can open, from the Hub or from disk."""
+"""Any data set of text or of token ids that the `datasets` library can open, from the Hub or from disk."""
 
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lightning_base.data.corpus import CorpusError, Document, missing_column
+from lightning_base.data.corpus import COLUMN_KEY, CorpusError, Document, TokenDocument, missing_column, row_document
 
 
 class HuggingFace:
@@ -14,7 +14,7 @@ class HuggingFace:
         path: a folder written by `save_to_disk`, or whatever `datasets.load_dataset` takes.
         name: the configuration of the data set, where it has several.
         split: the split to read; this project makes its own train and validation splits from it.
-        column: the text column.
+        column: the column with a text, or with a list of token ids such as `input_ids`.
         domain_column: the column that names a row's domain; without it the whole data set is one domain.
     """
 
@@ -32,30 +32,25 @@ class HuggingFace:
         self.column = column
         self.domain_column = domain_column
 
-    def documents(self) -> Iterator[Document]:
-        """The rows of the split, in order; rows without text are left out.
+    def documents(self) -> Iterator[Document | TokenDocument]:
+        """The rows of the split, in order; rows without anything are left out.
 
         Raises:
             CorpusError: `datasets` is not installed; the data set cannot be opened; a split or column is not there.
         """
         rows = self._open()
-        for key, column in (("data.corpus.column", self.column), ("data.corpus.domain_column", self.domain_column)):
+        for key, column in ((COLUMN_KEY, self.column), ("data.corpus.domain_column", self.domain_column)):
             if column is not None and column not in rows.column_names:
                 raise missing_column(key, column, rows.column_names, self.path)
         domain = Path(self.path).name
         number = 0
         for batch in rows.iter(batch_size=256):
             domains = batch[self.domain_column] if self.domain_column else [domain] * len(batch[self.column])
-            for text, label in zip(batch[self.column], domains, strict=True):
+            for value, label in zip(batch[self.column], domains, strict=True):
                 number += 1
-                if text is None:
-                    continue
-                if not isinstance(text, str):
-                    raise CorpusError(
-                        f"data.corpus.column={self.column} holds a {type(text).__name__} in row {number} of "
-                        f"{self.path}: name a column of text."
-                    )
-                yield Document(f"{self.split}#{number}", str(label), text)
+                if value is not None:
+                    where = f"row {number} of {self.path}"
+                    yield row_document(f"{self.split}#{number}", str(label), value, self.column, where)
 
     def _open(self) -> Any:
         try:

@@ -1,6 +1,6 @@
 """A prepared corpus on disk: tokens, document boundaries, domains, tokenizer, statistics.
 
-    tokenizer.json
+    tokenizer.json                 learnt or given; not there for token ids of which nobody has said what they stand for
     corpus.json                    what was prepared, and its statistics
     checksums.json                 SHA-256 of every other file
     {train,validation}.tokens      [N]   uint16 or uint32, every document followed by the end of text
@@ -22,11 +22,12 @@ from tokenizers import Tokenizer
 from lightning_base.data.cache import CHECKSUMS
 from lightning_base.data.tokenizer import bytes_per_token, load_tokenizer
 
-FORMAT = 1
+FORMAT = 2
 SPLITS = ("train", "validation")
 
 # What decides the tokens a model sees. The names of the domains do not, so they are not part of the fingerprint.
-IDENTITY = ("tokenizer.json", *(f"{split}.{part}" for split in SPLITS for part in ("tokens", "offsets")))
+TOKENIZER = "tokenizer.json"
+IDENTITY = (TOKENIZER, *(f"{split}.{part}" for split in SPLITS for part in ("tokens", "offsets")))
 
 
 class TokenSplit:
@@ -72,13 +73,16 @@ class PreparedCorpus:
 
     Attributes:
         fingerprint: SHA-256 over the tokens and document boundaries of both splits and the tokenizer.
+        tokenizer_sha256: of the tokenizer's file; None without one.
         vocab_size: V, the number of tokens there are; at most the number asked for.
         eos_id: the token that ends every document.
-        bytes_per_token: [V] bytes of UTF-8 each token stands for; 0 for the end of text.
+        bytes_per_token: [V] bytes of UTF-8 each token stands for; 0 for the end of text. None where nobody knows: for
+            token ids without a byte-level tokenizer, and where they do not add up to the bytes of the text.
         domains: the names of the domains.
-        statistics: per split `*_documents`, `*_tokens` (with the ends of text) and `*_bytes`; `unigram_entropy`, the
-            cross-entropy in nats of the validation tokens under the frequencies of the training tokens with one added
-            to each; `train_unigram_entropy`, the entropy in nats of the training tokens themselves.
+        statistics: per split `*_documents`, `*_tokens` (with the ends of text) and, of text, `*_bytes`;
+            `unigram_entropy`, the cross-entropy in nats of the validation tokens under the frequencies of the training
+            tokens with one added to each; `train_unigram_entropy`, the entropy in nats of the training tokens
+            themselves.
         train, validation: the two splits.
     """
 
@@ -87,15 +91,19 @@ class PreparedCorpus:
         description = json.loads((folder / "corpus.json").read_text())
         self.folder = folder
         self.fingerprint = hashlib.sha256(
-            "\n".join(f"{name} {checksums[name]}" for name in IDENTITY).encode()
+            "\n".join(f"{name} {checksums[name]}" for name in IDENTITY if name in checksums).encode()
         ).hexdigest()
         self.domains: list[str] = description["domains"]
         self.statistics: dict[str, int | float] = description["statistics"]
         self.eos_id: int = description["eos_id"]
-        self.bytes_per_token: Int64[np.ndarray, "V"] = bytes_per_token(self.tokenizer())
-        self.vocab_size = len(self.bytes_per_token)
+        tokenizer = self.tokenizer()
+        self.tokenizer_sha256: str | None = checksums.get(TOKENIZER)
+        self.vocab_size: int = description["vocab_size"]
+        self.bytes_per_token: Int64[np.ndarray, "V"] | None = None
+        if tokenizer is not None and description["bytes_known"]:
+            self.bytes_per_token = bytes_per_token(tokenizer, self.eos_id)
         self.train, self.validation = (TokenSplit(folder, name, description["dtype"], self.eos_id) for name in SPLITS)
 
-    def tokenizer(self) -> Tokenizer:
-        """The byte-level BPE tokenizer."""
-        return load_tokenizer(self.folder / "tokenizer.json")
+    def tokenizer(self) -> Tokenizer | None:
+        """The tokenizer, learnt or given; None for token ids that came without one."""
+        return load_tokenizer(self.folder / TOKENIZER) if (self.folder / TOKENIZER).exists() else None

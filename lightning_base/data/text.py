@@ -1,8 +1,6 @@
-"""A user's own files: plain text, JSON lines or Parquet."""
+"""A user's own files: plain text, JSON lines or Parquet. The rows of the last two may hold token ids instead."""
 
-import glob
 import json
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO
@@ -10,11 +8,10 @@ from typing import IO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lightning_base.data.corpus import CorpusError, Document, missing_column
+from lightning_base.data.corpus import COLUMN_KEY, CorpusError, Document, TokenDocument, missing_column, row_document
+from lightning_base.data.files import FILES_KEY, find_files, readable
 
 SUFFIXES = (".txt", ".jsonl", ".parquet")
-FILES_KEY = "data.corpus.files"
-COLUMN_KEY = "data.corpus.column"
 
 # How far past the wished length a long text file is searched for the end of a line.
 LINE_LIMIT = 4096
@@ -29,7 +26,7 @@ class TextFiles:
 
     Args:
         files: a glob (`**` crosses folders) or a list of them.
-        column: the text column of `.jsonl` and `.parquet` files.
+        column: the column of `.jsonl` and `.parquet` files with a text, or a list of token ids.
         document_characters: longest document taken from a `.txt` file; None keeps every file whole.
     """
 
@@ -40,53 +37,24 @@ class TextFiles:
             raise CorpusError(
                 f"data.corpus.document_characters={document_characters} is too small: give 1 or more, or null."
             )
-        self.patterns = [files] if isinstance(files, str) else [str(pattern) for pattern in files]
+        self.files = files
         self.column = column
         self.document_characters = document_characters
 
-    def documents(self) -> Iterator[Document]:
+    def documents(self) -> Iterator[Document | TokenDocument]:
         """The documents of every file, files ordered by path.
 
         Raises:
             CorpusError: a glob matches nothing; a file is empty, binary, unreadable or of another kind; a row has no
-                such column, or something other than text in it.
+                such column, or something other than text or token ids in it.
         """
-        paths = self._paths()
-        # Names relative to what the files have in common: the cache survives a move of the whole folder.
-        root = Path(os.path.commonpath([path.resolve().parent for path in paths]))
         readers = {".txt": self._text, ".jsonl": self._json_lines, ".parquet": self._parquet}
-        for path in paths:
-            name = path.resolve().relative_to(root).as_posix()
+        for path, name in find_files(self.files, SUFFIXES):
             try:
-                if path.stat().st_size == 0:
-                    raise CorpusError(f"{FILES_KEY}: {path} is empty: remove it or give files that hold text.")
-                yield from readers[path.suffix](path, name)
+                with readable(path):
+                    yield from readers[path.suffix](path, name)
             except UnicodeDecodeError:
                 raise _binary(path) from None
-            except OSError as error:
-                raise CorpusError(
-                    f"{FILES_KEY}: {path} cannot be read ({error.strerror or error}): check that it is yours to read."
-                ) from error
-
-    def _paths(self) -> list[Path]:
-        found: set[Path] = set()
-        for pattern in self.patterns:
-            matches = [Path(match) for match in glob.glob(os.path.expanduser(pattern), recursive=True)]
-            files = [match for match in matches if match.is_file()]
-            if not files:
-                raise CorpusError(
-                    f"{FILES_KEY}={pattern} matches no file from {Path.cwd()}: "
-                    f"give the path or glob of {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]} files."
-                )
-            found.update(files)
-        if not found:
-            raise CorpusError(f"{FILES_KEY} is an empty list: give at least one path or glob.")
-        for path in sorted(found):
-            if path.suffix not in SUFFIXES:
-                raise CorpusError(
-                    f"{FILES_KEY}: {path} is none of {', '.join(SUFFIXES)}: narrow the glob or rename it."
-                )
-        return sorted(found, key=lambda path: path.as_posix())
 
     def _text(self, path: Path, name: str) -> Iterator[Document]:
         domain = path.resolve().parent.name
@@ -104,7 +72,7 @@ class TextFiles:
         while text := file.read(self.document_characters):
             yield text + file.readline(LINE_LIMIT)
 
-    def _json_lines(self, path: Path, name: str) -> Iterator[Document]:
+    def _json_lines(self, path: Path, name: str) -> Iterator[Document | TokenDocument]:
         with path.open("rb") as file:
             for number, line in enumerate(file, start=1):
                 if b"\0" in line:
@@ -123,17 +91,11 @@ class TextFiles:
                     )
                 if self.column not in row:
                     raise missing_column(COLUMN_KEY, self.column, map(str, row), f"{path}, line {number}")
-                text = row[self.column]
-                if text is None:
-                    continue
-                if not isinstance(text, str):
-                    raise CorpusError(
-                        f"{COLUMN_KEY}={self.column} holds a {type(text).__name__} in line {number} of {path}: "
-                        "name a column of text."
-                    )
-                yield Document(f"{name}#{number}", path.stem, text)
+                if row[self.column] is not None:
+                    where = f"line {number} of {path}"
+                    yield row_document(f"{name}#{number}", path.stem, row[self.column], self.column, where)
 
-    def _parquet(self, path: Path, name: str) -> Iterator[Document]:
+    def _parquet(self, path: Path, name: str) -> Iterator[Document | TokenDocument]:
         try:
             file = pq.ParquetFile(path)
         except pa.ArrowInvalid:
@@ -146,14 +108,19 @@ class TextFiles:
                 raise missing_column(COLUMN_KEY, self.column, schema.names, str(path))
             kind = schema.field(self.column).type
             value = kind.value_type if pa.types.is_dictionary(kind) else kind
-            if not (pa.types.is_string(value) or pa.types.is_large_string(value) or pa.types.is_string_view(value)):
-                raise CorpusError(f"{COLUMN_KEY}={self.column} is of type {kind} in {path}: name a column of text.")
+            text = pa.types.is_string(value) or pa.types.is_large_string(value) or pa.types.is_string_view(value)
+            ids = (pa.types.is_list(kind) or pa.types.is_large_list(kind)) and pa.types.is_integer(kind.value_type)
+            if not (text or ids):
+                raise CorpusError(
+                    f"{COLUMN_KEY}={self.column} is of type {kind} in {path}: name a column of text, or of lists of "
+                    "token ids."
+                )
             number = 0
             for rows in file.iter_batches(batch_size=256, columns=[self.column]):
-                for text in rows.column(0).to_pylist():
+                for row in rows.column(0).to_pylist():
                     number += 1
-                    if text is not None:
-                        yield Document(f"{name}#{number}", path.stem, text)
+                    if row is not None:
+                        yield row_document(f"{name}#{number}", path.stem, row, self.column, f"row {number} of {path}")
 
 
 def _binary(path: Path) -> CorpusError:

@@ -1,5 +1,6 @@
-"""Byte-level BPE: learnt from the training documents alone, able to write any text back exactly."""
+"""Byte-level BPE, learnt from the training documents alone and able to write any text back; or one that is given."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,6 +23,8 @@ WORDS = Regex(
     rf"'(?:s|t|re|ve|m|ll|d)| ?\p{{L}}{LONGEST}| ?\p{{N}}{LONGEST}| ?[^\s\p{{L}}\p{{N}}]{LONGEST}"
     rf"|\s{LONGEST}(?!\S)|\s{LONGEST}"
 )
+# How SentencePiece writes a byte that no token of its vocabulary holds.
+BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 
 
 def untrained_tokenizer() -> Tokenizer:
@@ -51,19 +54,44 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int) -> Tokenizer:
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer saved at `path`, reading a literal `<|endoftext|>` in a text as ordinary characters."""
+    """The tokenizer saved at `path`, reading a literal `<|endoftext|>` in a text as ordinary characters.
+
+    What it was saved with to fit texts into a model, padding and truncation, is turned off.
+    """
     tokenizer = Tokenizer.from_file(str(path))
     # Otherwise a document that merely mentions the token would end in the middle.
     tokenizer.encode_special_tokens = True
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
     return tokenizer
 
 
-def bytes_per_token(tokenizer: Tokenizer) -> Int64[np.ndarray, "V"]:
-    """How many bytes of text each token stands for; 0 for the end of text."""
-    # In the byte-level alphabet one character stands for one byte.
-    sizes = np.zeros(tokenizer.get_vocab_size(), dtype=np.int64)
+def size_of(tokenizer: Tokenizer) -> int:
+    """V: one more than the largest id, since some vocabularies have gaps."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def is_byte_level(tokenizer: Tokenizer) -> bool:
+    """Whether its tokens are bytes, each written as one letter."""
+    return isinstance(tokenizer.decoder, decoders.ByteLevel)
+
+
+def bytes_per_token(tokenizer: Tokenizer, end_of_text: int) -> Int64[np.ndarray, "V"]:
+    """How many bytes of text each token stands for; 0 for the end of text and other special tokens.
+
+    Exact for tokens that are bytes. Other tokens are read as SentencePiece's, with ▁ for a space and <0x0A> for a
+    byte; whether that is so has to be held against a text.
+    """
+    byte_level, added = is_byte_level(tokenizer), tokenizer.get_added_tokens_decoder()
+    sizes = np.zeros(size_of(tokenizer), dtype=np.int64)
     for token, index in tokenizer.get_vocab().items():
-        sizes[index] = 0 if token == END_OF_TEXT else len(token)
+        if index in added:
+            sizes[index] = 0 if added[index].special else len(token.encode())
+        elif byte_level:
+            sizes[index] = len(token)
+        else:
+            sizes[index] = 1 if BYTE.fullmatch(token) else len(token.replace("▁", " ").encode())
+    sizes[end_of_text] = 0
     return sizes
 
 

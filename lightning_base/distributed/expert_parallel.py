@@ -177,11 +177,12 @@ class ExpertParallelStrategy(SavesTogether, DDPStrategy):
     @property
     def _sharded(self) -> dict[str, range]:
         """The parameters of sharded experts, by the names of the state dict, with the experts that are held here."""
+        names = {parameter: name for name, parameter in self._module.named_parameters()}
         return {
-            f"model.blocks.{name}.feed_forward.experts.{of_experts}": layer.experts.held
-            for name, layer in self._module.model.sparse_layers.items()
+            names[parameter]: layer.experts.held
+            for layer in self._module.model.sparse_layers.values()
             if layer.exchange is not None
-            for of_experts, _ in layer.experts.named_parameters()
+            for parameter in layer.experts.parameters()
         }
 
     @property

@@ -47,19 +47,15 @@ def capacity_padding(
     return 1 - counts_GE.double().sum((-1, -2)) / torch.where(slots > 0, slots, torch.nan)
 
 
-def expert_flops(
-    counts: Int64[Tensor, "*rest"], *, width: int, hidden_width: int, sublayers: int = 1, training: bool = False
-) -> Float[Tensor, "*rest"]:
+def expert_flops(counts: Int64[Tensor, "*rest"], *, entries: int, training: bool = False) -> Float[Tensor, "*rest"]:
     """FLOPs of the matrix products of experts that compute ``counts`` tokens, a multiplication and an addition each.
 
-    A sublayer multiplies by W1 [D, H] and W2 [H, D]: 4 D H per token, and twice as much again in the backward pass, for
-    the gradients of inputs and of weights.
+    A token meets every entry of the matrices of its expert once, and twice more in the backward pass, for the gradients
+    of inputs and of weights.
 
     Args:
         counts: tokens of each expert, or of all experts of a rank: assignments, so that k counts.
-        width: D.
-        hidden_width: H of one expert.
-        sublayers: S.
+        entries: of all matrices of one expert, 2 D H S for S sublayers of W1 [D, H] and W2 [H, D].
         training: with the backward pass.
     """
-    return counts.double() * (4 * width * hidden_width * sublayers * (3 if training else 1))
+    return counts.double() * (2 * entries * (3 if training else 1))

@@ -80,6 +80,10 @@ class Experts(nn.Module):
     def sublayers(self) -> int:
         return len(self.w1)
 
+    @property
+    def hidden_width(self) -> int:
+        return self.w1[0].shape[-1]
+
     def forward(
         self, tokens_AD: Float[Tensor, "A D"], counts: Int64[Tensor, " E"], *, normalized: bool = False
     ) -> Float[Tensor, "A D"]:
@@ -139,4 +143,8 @@ def expert_matmul(
         return x_AM @ weight_EMN[0]
     if equal:
         return torch.bmm(x_AM.view(num_experts, -1, x_AM.shape[1]), weight_EMN).view(-1, width_out)
+    if x_AM.dtype == torch.float64 or x_AM.shape[1] % 8 or width_out % 8:
+        # Neither is known to grouped_mm.
+        rows = x_AM.split(counts.tolist())
+        return torch.cat([x @ weight for x, weight in zip(rows, weight_EMN.unbind(), strict=True)])
     return F.grouped_mm(x_AM.contiguous(), weight_EMN, offs=counts.cumsum(0).to(torch.int32))

@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_base.moe.copies import FeedForwardExperts
 from lightning_base.moe.dispatch import Dispatch, Dispatcher, ShardedDispatcher
 from lightning_base.moe.exchange import Exchange
 from lightning_base.moe.experts import Experts
@@ -46,7 +47,7 @@ class SparseLayer(nn.Module):
     def __init__(
         self,
         router: Router,
-        experts: Experts,
+        experts: Experts | FeedForwardExperts,
         *,
         routing_group: int,
         router_norm: bool = True,

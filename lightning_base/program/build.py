@@ -10,10 +10,11 @@ import pytorch_lightning as pl
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.plugins.environments import LightningEnvironment, TorchElasticEnvironment
 from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy
+from torch import Tensor
 
 from lightning_base.callbacks.clock import TrainingClock
 from lightning_base.callbacks.progress import ArmProgressBar
-from lightning_base.data import Corpus, TextDataModule
+from lightning_base.data import TextDataModule
 from lightning_base.distributed.expert_parallel import ExpertParallelStrategy
 from lightning_base.instantiation import ConfigError, instantiate
 from lightning_base.module import LanguageModel
@@ -31,7 +32,7 @@ def build_data(config: Config, prepared: str | None = None) -> TextDataModule:
     """
     options = {key: value for key, value in asdict(config.data).items() if key != "corpus"}
     return TextDataModule(
-        instantiate(config.data.corpus, "data.corpus", Corpus),
+        config.build_corpus(),
         seed=config.seed,
         num_steps=config.trainer.max_steps,
         accumulation=config.trainer.accumulate_grad_batches,
@@ -67,15 +68,32 @@ def build_module(config: Config) -> LanguageModel:
 def load_weights(module: LanguageModel, path: Path) -> None:
     """Puts the weights of another run's checkpoint in the place of those drawn.
 
+    From a dense arm, whose layers have one expert each, every expert starts as a copy of it, and routers stay as drawn.
+
     Raises:
         ConfigError: the checkpoint is one of another model.
     """
     try:
         state = checkpoint.VerifiedCheckpointIO().load_checkpoint(path, weights_only=True)["state_dict"]
-        module.load_state_dict(state, strict=True)
+        module.load_state_dict(upcycled(state, module), strict=True)
     except (KeyError, RuntimeError) as error:
         why = " ".join(str(error).split())
         raise ConfigError(f"module.initial_weights={path} does not fit the model: {why}") from error
+
+
+def upcycled(state: dict[str, Tensor], module: LanguageModel) -> dict[str, Tensor]:
+    """The state of a dense arm for a module with several experts; any other state as it is."""
+    experts = {p for layer in module.model.sparse_layers.values() for p in layer.experts.parameters()}
+    now = module.state_dict(keep_vars=True)
+    copied = {
+        name: state[name].expand_as(value)
+        for name, value in now.items()
+        if value in experts and name in state and len(state[name]) == 1 and state[name].shape[1:] == value.shape[1:]
+    }
+    if not copied or len(copied) < len(experts):
+        return state
+    routers = {name: value for name, value in now.items() if ".router." in name and name not in state}
+    return {**state, **copied, **routers}
 
 
 def build_callbacks(

@@ -9,50 +9,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from lightning_base.instantiation import ConfigError, check_arguments, check_node, instantiate
-from lightning_base.model import sparse_positions
-from lightning_base.moe.experts import Activation
+from lightning_base.instantiation import ConfigError, check_arguments, check_node, instantiate, require
+from lightning_base.model_options import ModelOptions, read_model
 from lightning_base.moe.shuffle import check_shuffle
 from lightning_base.program.plugins import declare
 from lightning_base.program.trainer_arguments import check_trainer_argument
 from lightning_base.routing.router import Router
 
-
-def require(holds: bool, key: str, value: object, accepted: str) -> None:
-    """Raises ConfigError in the one form all range errors have."""
-    if not holds:
-        raise ConfigError(f"{key}={value} is out of range: {accepted}")
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    width: int
-    depth: int
-    heads: int
-    ffn_width: int
-    positions: Literal["rotary", "learned"] = "rotary"
-    activation: Activation = "relu"
-    placement: Literal["replace", "insert"] = "replace"
-    sparse_layers: Literal["every_other"] | int | list[int] = "every_other"
-    sublayers: int = 1
-    split_width: bool = True
-    router_norm: bool = True
-    shuffle_tokens: bool | int = False
-
-    def __post_init__(self) -> None:
-        for key in ("width", "depth", "heads", "ffn_width", "sublayers"):
-            require(getattr(self, key) >= 1, f"model.{key}", getattr(self, key), "give at least 1")
-        require(self.width % self.heads == 0, "model.heads", self.heads, f"it has to divide model.width={self.width}")
-        if self.positions == "rotary":
-            head = self.width // self.heads
-            require(head % 2 == 0, "model.heads", self.heads, f"rotary positions need an even head width, not {head}")
-        shuffle = isinstance(self.shuffle_tokens, bool) or self.shuffle_tokens >= 1
-        accepted = "give true, false, or the number of sequences to shuffle among"
-        require(shuffle, "model.shuffle_tokens", self.shuffle_tokens, accepted)
-        try:
-            sparse_positions(self.sparse_layers, self.depth, self.placement)
-        except ValueError as error:
-            raise ConfigError(str(error)) from error
+if typing.TYPE_CHECKING:
+    from lightning_base.data import Corpus
 
 
 @dataclass(frozen=True)
@@ -94,6 +59,8 @@ class DataConfig:
     routing_group: int
     validation_fraction: float
     cache_dir: str
+    tokenizer: str | None = None
+    end_of_text: str | int | None = None
     packing: Literal["packed", "documents"] = "packed"
     attend_across_documents: bool = True
     validation_sequences: int | None = None
@@ -101,7 +68,7 @@ class DataConfig:
     distinct_batches: int | None = None
 
     def __post_init__(self) -> None:
-        require(self.vocab_size >= 257, "data.vocab_size", self.vocab_size, "256 bytes and the end of text need 257")
+        require(self.vocab_size >= 2, "data.vocab_size", self.vocab_size, "give at least 2")
         require(self.sequence_length >= 2, "data.sequence_length", self.sequence_length, "give at least 2")
         require(self.global_batch >= 1, "data.global_batch", self.global_batch, "give at least 1 sequence")
         require(self.routing_group >= 1, "data.routing_group", self.routing_group, "give at least 1 sequence")
@@ -186,7 +153,7 @@ class Config:
     runs_dir: str
     seed: int
     router: dict[str, Any]
-    model: ModelConfig
+    model: ModelOptions
     module: ModuleConfig
     data: DataConfig
     strategy: StrategyConfig
@@ -210,9 +177,19 @@ class Config:
 
     def build_router(self) -> Router:
         """A router of this configuration, with parameters not yet drawn."""
-        router = instantiate(self.router, "router", Router, width=self.model.width, vocab_size=self.data.vocab_size)
+        router = instantiate(
+            self.router, "router", Router, width=self.model.router_width, vocab_size=self.data.vocab_size
+        )
         assert isinstance(router, Router)
         return router
+
+    def build_corpus(self) -> "Corpus":
+        """Where the documents come from; nothing is read yet."""
+        from lightning_base.data import Corpus
+
+        corpus = instantiate(self.data.corpus, "data.corpus", Corpus, end_of_text=self.data.end_of_text)
+        assert isinstance(corpus, Corpus)
+        return corpus
 
 
 def read_config(node: Mapping[str, Any]) -> Config:
@@ -260,7 +237,9 @@ def _build(schema: type, node: object, key: str) -> Any:
     hints = typing.get_type_hints(schema)
     values: dict[str, Any] = dict(node)
     for name, hint in hints.items():
-        if dataclasses.is_dataclass(hint) and name in values:
+        if hint is ModelOptions and name in values:
+            values[name] = read_model(values[name])
+        elif dataclasses.is_dataclass(hint) and name in values:
             values[name] = _build(typing.cast(type, hint), values[name], f"{key}{name}.")
     if schema is TrainerConfig:
         return _build_trainer(values)
@@ -284,19 +263,12 @@ def _check_across(config: Config) -> None:
     router = config.build_router()
     router.check_group(config.data.routing_group * config.data.sequence_length)
     router.check_run(dataclasses.asdict(config))
-    if config.model.width % 8:
-        raise ConfigError(f"model.width={config.model.width} is no multiple of 8, which the grouped matmul needs")
-    if config.model.split_width and config.model.ffn_width % router.top_k:
-        raise ConfigError(
-            f"model.ffn_width={config.model.ffn_width} cannot be split over router.top_k={router.top_k} experts "
-            "(model.split_width=true): choose a multiple"
-        )
-    hidden_width = config.model.ffn_width // (router.top_k if config.model.split_width else 1)
-    if hidden_width % 8:
-        raise ConfigError(
-            f"model.ffn_width={config.model.ffn_width} makes experts of width {hidden_width}, and the grouped matmul "
-            "needs a multiple of 8: choose another width"
-        )
+    config.model.check(
+        router,
+        vocab_size=config.data.vocab_size,
+        sequence_length=config.data.sequence_length,
+        within_documents=not config.data.attend_across_documents,
+    )
     for name in config.module.loss_coefficients:
         # Arms of one sweep share this setting, so a loss that only another router has is no mistake; a misspelt one is.
         if not name.endswith("_loss"):

@@ -13,6 +13,10 @@ PROGRAMS = {
     "report": ("report.write", "tables and figures of what has run: report runs/compare"),
     "analysis": ("analysis.command", "what the experts of a finished run have learnt: analysis runs/compare/JOB"),
     "export": ("export", "the model of a run as model.safetensors with a JSON beside it: export runs/compare/JOB"),
+    "check-router": (
+        "check_router.command",
+        "whether a router keeps what every router promises: check-router my_package.MyRouter",
+    ),
     "benchmark": ("benchmark.command", "measures layer, step, harness, start, data and solver: benchmark all --quick"),
 }
 
@@ -27,6 +31,10 @@ def run(name: str) -> int:
         if trains_elsewhere(sys.argv[1:]):
             # It imports the training code while this process imports Hydra and checks what it was given.
             warm_up("lightning_base.program.rank")
+    if name == "check-router":
+        from lightning_base.program.processes.forked import warm_up
+
+        warm_up("lightning_base.check_router.command")
     main: Callable[[], int | None] = import_module(f"lightning_base.{PROGRAMS[name][0]}").main
     return main() or 0
 
@@ -44,6 +52,6 @@ def main() -> int:
         return 2
     print("usage: lightning-base PROGRAM [...], where PROGRAM is one of\n")
     for known, (_, tells) in PROGRAMS.items():
-        print(f"  {known:<10} {tells}")
+        print(f"  {known:<12} {tells}")
     print("\nlightning-base PROGRAM --help tells more.")
     return 0

@@ -12,8 +12,8 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from lightning_base.data import Corpus, prepare_for_run
-from lightning_base.instantiation import ConfigError, instantiate
+from lightning_base.data import CorpusError, prepare_for_run, settled
+from lightning_base.instantiation import ConfigError
 from lightning_base.program.claim import InUseError, claimed, in_use, is_here_and_alive, read_owner
 from lightning_base.program.config import Config, check_devices, check_loggers, fit_schedule, read_config
 from lightning_base.program.processes.share import Share
@@ -211,7 +211,7 @@ def prepare_data(config: Config) -> str:
     """
     key = repr(config.data)
     if key not in PREPARED:
-        corpus = instantiate(config.data.corpus, "data.corpus", Corpus)
+        corpus = config.build_corpus()
         try:
             PREPARED[key] = prepare_for_run(corpus, config.data).folder.name
         except ConfigError:
@@ -222,10 +222,10 @@ def prepare_data(config: Config) -> str:
 
 
 def plain_config(composed: DictConfig) -> dict[str, Any]:
-    """The configuration without Hydra's own part, resolved, as plain containers.
+    """The configuration without Hydra's own part, resolved, as plain containers, with the vocabulary that it names.
 
     Raises:
-        ConfigError: a value that has to be given is missing.
+        ConfigError: a value that has to be given is missing, or the tokenizer cannot be used.
     """
     copied = OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
     missing = sorted(OmegaConf.missing_keys(copied))
@@ -233,4 +233,8 @@ def plain_config(composed: DictConfig) -> dict[str, Any]:
         raise ConfigError(f"{missing[0]} is missing: give it, as {missing[0]}=...")
     container = OmegaConf.to_container(copied, resolve=True)
     assert isinstance(container, dict)
-    return {str(key): value for key, value in container.items()}
+    plain = {str(key): value for key, value in container.items()}
+    try:
+        return plain | {"data": settled(plain["data"])}
+    except CorpusError as error:
+        raise ConfigError(str(error)) from error

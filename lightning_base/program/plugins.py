@@ -48,14 +48,18 @@ def declare(plugins: Iterable[str]) -> None:
             raise ConfigError(f"plugins={plugin} is no package of yours: name one that can be imported, as my_package")
         try:
             importlib.import_module(plugin)
-        except Exception as error:  # whatever its author has written
+        except (Exception, SystemExit) as error:  # whatever its author has written
             where = "is it installed, or on PYTHONPATH?" if isinstance(error, ModuleNotFoundError) else "mend it first"
             raise ConfigError(
-                f"plugins={plugin} cannot be imported ({type(error).__name__}: {error}): {where}"
+                f"plugins={plugin} cannot be imported ({type(error).__name__}: {_line(error)}): {where}"
             ) from error
         trust(plugin)
     for target in entry_points().values():
         trust(target)
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())
 
 
 def router_nodes(ours: Iterable[str]) -> dict[str, str]:

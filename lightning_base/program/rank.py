@@ -159,6 +159,7 @@ def quiet() -> None:
         ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*",
         ".*GPU available but not used.*",
         ".*`srun` command is available on your system but is not used.*",  # torchrun starts the ranks
+        ".*functional.all_gather is deprecated.*",  # Lightning's own call
     ):
         warnings.filterwarnings("ignore", message=message)
 

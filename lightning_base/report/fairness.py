@@ -134,6 +134,8 @@ def shared_setting(run: Run) -> dict[str, Any]:
     found["device"] = THREADS.sub("", manifest["device"])
     # Trained from there on, whatever the configuration says of the time before.
     found |= {"started_from": manifest["started_from"]} if manifest.get("started_from") else {}
+    # Of a model of transformers: what its configuration file said.
+    found |= flatten({"architecture": manifest["architecture"]}) if manifest.get("architecture") else {}
     found |= {f"packages.{name}": version for name, version in manifest["packages"].items()}
     return found | configured(run, (*ROUTER, *NAMING, *EXECUTION, "seed"), without=True)
 

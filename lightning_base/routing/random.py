@@ -11,6 +11,7 @@ from torch import Tensor
 from lightning_base.routing.noise import draw_key, uniform_noise
 from lightning_base.routing.plan import RoutingGroups, RoutingPlan, count_by_group
 from lightning_base.routing.router import Router
+from lightning_base.routing.selection import full_precision
 
 # No step of training has this number.
 EVALUATION_STEP = -1
@@ -59,7 +60,7 @@ class Random(Router):
         return RoutingPlan(
             token_index=token_index,
             expert_index=expert_index,
-            weight=torch.full((len(token_index),), 1 / self.top_k, device=tokens.device),
+            weight=full_precision(tokens).new_full((len(token_index),), 1 / self.top_k),
             group_demand=count_by_group(groups, self.num_experts, token_index, expert_index),
             groups=groups,
             top_k=self.top_k,

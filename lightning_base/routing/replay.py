@@ -21,6 +21,8 @@ MUST_MATCH = (
     "seed",
     "data.corpus",
     "data.vocab_size",
+    "data.tokenizer",
+    "data.end_of_text",
     "data.sequence_length",
     "data.global_batch",
     "data.routing_group",

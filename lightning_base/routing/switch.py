@@ -14,6 +14,8 @@ from lightning_base.routing.plan import RoutingGroups, RoutingPlan, count_by_gro
 from lightning_base.routing.router import Router
 from lightning_base.routing.selection import full_precision
 
+GATES = ("probability", "one")
+
 
 class Switch(Router):
     """Each token goes to the expert of its largest softmax probability, with that probability as the gate (eq. 1, 2).
@@ -27,6 +29,8 @@ class Switch(Router):
         capacity_factor: slots per expert in training, relative to an even share; None drops nothing.
         evaluation_capacity_factor: the same in evaluation.
         balance_scope: over what the load-balancing loss is taken, see ``balancing_loss``.
+        gate: ``probability``, the paper's, or ``one``, whose gradient is that of the probability: an expert that is a
+            copy of a trained feed-forward layer then starts as that layer does.
     """
 
     loss_coefficients: ClassVar[dict[str, float]] = {"load_balancing_loss": 0.01}
@@ -43,12 +47,15 @@ class Switch(Router):
         capacity_factor: float | None = 1.25,
         evaluation_capacity_factor: float | None = 2.0,
         balance_scope: str = "group",
+        gate: str = "probability",
     ) -> None:
         super().__init__(num_experts=num_experts)
+        if gate not in GATES:
+            raise ValueError(f"router.gate={gate}: choose one of {', '.join(GATES)}")
         check_capacity_factor("capacity_factor", capacity_factor)
         check_capacity_factor("evaluation_capacity_factor", evaluation_capacity_factor)
         check_scope(balance_scope)
-        self.balance_scope = balance_scope
+        self.balance_scope, self.gate_value = balance_scope, gate
         self.capacity_factor = capacity_factor
         self.evaluation_capacity_factor = evaluation_capacity_factor
         self.gate = nn.Linear(width, num_experts, bias=False)
@@ -67,6 +74,8 @@ class Switch(Router):
             logits_TE = nn.functional.linear(full_precision(tokens), full_precision(self.gate.weight))
         probabilities_TE = logits_TE.softmax(-1)
         weight, expert_index = probabilities_TE.max(-1)
+        if self.gate_value == "one":
+            weight = 1 + (weight - weight.detach())
         token_index = torch.arange(len(tokens), device=tokens.device)
         group_demand = count_by_group(groups, self.num_experts, token_index, expert_index)
         balance = balancing_loss(probabilities_TE, token_index, expert_index, groups, self.balance_scope)

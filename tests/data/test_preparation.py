@@ -273,7 +273,7 @@ def test_memory_does_not_grow_with_the_corpus(few: int, many: int, limit: int, t
         ([], {}, "data.corpus holds no text at all"),
         ([Document("a", "d", "")], {}, "data.corpus holds no text at all"),
         ([Document("a", "d", "one")], {}, "data.corpus holds 1 document.* at least two different documents"),
-        ([Document("a", "d", "one"), Document("b", "d", "one")], {}, "holds 2 document.* one and the same text"),
+        ([Document("a", "d", "one"), Document("b", "d", "one")], {}, "holds 2 document.* one and the same content"),
         ([Document("a", "d", "\ud800")], {}, "document a holds half of a surrogate pair at character 0"),
         (make_documents(5), {"vocab_size": 256}, "data.vocab_size=256 .* give 257 or more"),
         (make_documents(5), {"validation_fraction": 0.0}, "data.validation_fraction=0.0 .* between 0 and 1"),

@@ -1,12 +1,15 @@
 """What importing the package costs, and what its public names bring along. Each in a process of its own."""
 
+import ast
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 import lightning_base
+import lightning_base.data
 from lightning_base import routing
 
 LAYERS = sorted(set(lightning_base.__all__) - {"ExpertLoadLogger"})
@@ -65,3 +68,12 @@ def test_every_public_name_is_there_and_says_what_it_is(name: str) -> None:
 def test_other_names_are_not(name: str) -> None:
     with pytest.raises(AttributeError, match=f"module 'lightning_base' has no attribute '{name}'"):
         getattr(lightning_base, name)
+
+
+@pytest.mark.parametrize("package", [lightning_base, lightning_base.data])
+def test_names_that_load_late_have_types_all_the_same(package: ModuleType) -> None:
+    tree = ast.parse(Path(str(package.__file__)).read_text())
+    (block,) = (n for n in tree.body if isinstance(n, ast.If) and ast.unparse(n.test) == "TYPE_CHECKING")
+    imports = [statement for statement in block.body if isinstance(statement, ast.ImportFrom)]
+    seen = {alias.name for statement in imports for alias in statement.names}
+    assert set(package.__all__) - seen == set()

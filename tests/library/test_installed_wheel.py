@@ -2,9 +2,7 @@
 
 import json
 import re
-import shutil
 import subprocess
-import sys
 import tomllib
 import venv
 import zipfile
@@ -15,32 +13,11 @@ from typing import Any
 import forks
 import pages
 import pytest
+from packages import PIP, run
 from packaging.requirements import Requirement
 
 HERE = Path(__file__).parent
 REPOSITORY = HERE.parents[1]
-
-
-def run(*command: str | Path, cwd: Path) -> str:
-    done = subprocess.run([str(part) for part in command], cwd=cwd, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built from a copy, so that nothing is left in the repository."""
-    folder = tmp_path_factory.mktemp("wheel")
-    source = folder / "source"
-    for folder_name in ("lightning_base", "conf"):
-        ignored = shutil.ignore_patterns("__pycache__")
-        shutil.copytree(REPOSITORY / folder_name, source / folder_name, symlinks=True, ignore=ignored)
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(REPOSITORY / name, source)
-    pip = (sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check")
-    run(*pip, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", folder, source, cwd=folder)
-    (built,) = folder.glob("*.whl")
-    return built
 
 
 def needed(requirements: list[str], extras: frozenset[str] = frozenset()) -> dict[str, Distribution]:
@@ -70,8 +47,7 @@ def python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("environment")
     venv.create(folder / "venv", with_pip=False)
     interpreter = folder / "venv" / "bin" / "python"
-    pip = (sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", "--python", interpreter)
-    run(*pip, "install", "--no-deps", "--no-index", wheel, cwd=folder)
+    run(*PIP, "--python", interpreter, "install", "--no-deps", "--no-index", wheel, cwd=folder)
 
     declared = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["dependencies"]
     links = folder / "dependencies"

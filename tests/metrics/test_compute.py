@@ -80,9 +80,9 @@ def test_flops_are_those_that_torch_counts(counts: list[int], sublayers: int) ->
             if backward:
                 added.square().sum().backward()
         found.append(counter.get_total_flops())
-    options = {"width": 16, "hidden_width": 24, "sublayers": sublayers}
-    assert expert_flops(torch.tensor(counts), **options).sum().item() == found[0]
-    assert expert_flops(torch.tensor(counts), **options, training=True).sum().item() == found[1]
+    entries = 2 * 16 * 24 * sublayers
+    assert expert_flops(torch.tensor(counts), entries=entries).sum().item() == found[0]
+    assert expert_flops(torch.tensor(counts), entries=entries, training=True).sum().item() == found[1]
 
 
 def test_balance_over_ranks_passes_and_layers_by_hand() -> None:
@@ -109,4 +109,4 @@ def test_balance_over_ranks_passes_and_layers_by_hand() -> None:
 
 def test_flops_of_one_token_by_hand() -> None:
     # 2 products of 8 x 32 multiplications and additions: 2 * 2 * 8 * 32.
-    assert expert_flops(torch.tensor([1, 0, 3]), width=8, hidden_width=32).tolist() == [1024, 0, 3072]
+    assert expert_flops(torch.tensor([1, 0, 3]), entries=2 * 8 * 32).tolist() == [1024, 0, 3072]

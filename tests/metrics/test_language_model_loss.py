@@ -26,6 +26,10 @@ def test_guessing_bytes_evenly_costs_eight_bits_per_byte() -> None:
     assert measured(([math.log(256)] * 10, [1] * 10)) == pytest.approx(expected)
 
 
+def test_there_are_no_bits_per_byte_where_nobody_knows_the_bytes() -> None:
+    assert measured(([2.0, 4.0], [0, 0])) == pytest.approx({"loss": 3.0, "perplexity": math.e**3})
+
+
 def test_bits_per_byte_does_not_depend_on_the_tokenizer() -> None:
     # The same 12 bytes at the same total cost, as 3 tokens or as 6.
     coarse, fine = measured(([8.0] * 3, [4] * 3)), measured(([4.0] * 6, [2] * 6))

@@ -325,7 +325,7 @@ def tells_the_cost_of_k(cost: Cost) -> None:
 
 
 def by_assignment(plan: RoutingPlan, hidden_width: int) -> float:
-    return expert_flops(plan.load, width=16, hidden_width=hidden_width).sum().item()
+    return expert_flops(plan.load, entries=2 * 16 * hidden_width).sum().item()
 
 
 def by_token(plan: RoutingPlan, hidden_width: int) -> float:

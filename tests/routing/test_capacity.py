@@ -39,7 +39,7 @@ def test_each_expert_serves_its_queue_in_order(assignments: list[tuple[int, int]
     assert within_capacity(group_index, expert_index, torch.tensor(capacity), 4).tolist() == expected
 
 
-def switch_of_two(**options: float | None) -> Switch:
+def switch_of_two(**options: float | str | None) -> Switch:
     """A Switch whose logits are the two coordinates of a token."""
     router = build_router("switch", width=2, num_experts=2, **options)
     assert isinstance(router, Switch)
@@ -83,6 +83,22 @@ def test_switch_without_a_capacity_drops_nothing() -> None:
     plan = switch_of_two(capacity_factor=None)(FOUR_TOKENS[:1].expand(4, 2), NO_IDS, groups_of(4))
     assert plan.capacity is None
     assert plan.load.tolist() == [4, 0]
+
+
+def test_a_gate_of_one_has_the_gradient_of_the_probability() -> None:
+    found = {}
+    for gate in ("probability", "one"):
+        router = switch_of_two(capacity_factor=None, gate=gate)
+        plan = router(FOUR_TOKENS, NO_IDS, groups_of(4))
+        (plan.weight * torch.arange(4.0)).sum().backward()
+        found[gate] = (plan.weight.tolist(), plan.expert_index.tolist(), router.gate.weight.grad)
+    assert found["one"][0] == [1.0] * 4
+    assert found["probability"][0] == pytest.approx([0.75] * 4)
+    assert found["one"][1] == found["probability"][1]
+    assert torch.equal(found["one"][2], found["probability"][2])
+    assert found["one"][2].abs().min() > 0.01
+    with pytest.raises(ValueError, match=r"router\.gate=two: choose one of probability, one"):
+        switch_of_two(gate="two")
 
 
 # Preferences (0, 1, 2), (1, 0, 2), (1, 0, 2), with logits 2, 1 and -9.

@@ -75,7 +75,7 @@ class ForkedRank:
         return self._process.exitcode
 
 
-def _end_after_command() -> None:
+def end_after_parent() -> None:
     command = multiprocessing.parent_process()
     if command is not None:
         command.join()
@@ -92,6 +92,6 @@ def _run(entry: str, run_directory: Path, output: Path | None) -> None:
     multiprocessing.set_start_method("fork", force=True)
     die_with_parent()
     # The server takes its time to end after the command has; this rank should not train on meanwhile.
-    threading.Thread(target=_end_after_command, daemon=True).start()
+    threading.Thread(target=end_after_parent, daemon=True).start()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     importlib.import_module(entry).rank(run_directory)

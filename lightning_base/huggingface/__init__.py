@@ -1,0 +1,1 @@
+"""Causal language models of ``transformers`` whose feed-forward layers become sparse."""

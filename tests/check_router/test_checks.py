@@ -1,0 +1,106 @@
+"""Each check finds the router that breaks its promise, and says so in a sentence; a router that keeps all passes."""
+
+import pytest
+import torch
+import wrong_routers
+from router_arms import subject_of
+
+from lightning_base.check_router import ALL, NotAsked, Outcome, Subject, checks, command
+from lightning_base.check_router.check import outcome
+from lightning_base.check_router.command import asked_apart, main
+
+# The check, a router that breaks it, and what the sentence says: what came out, and what would do.
+WRONG = [
+    ("construction", "LeavesMemory", "its parameter gate holds what was in memory", "at the end of __init__"),
+    ("refusals", "TakesAnything", "temperature=nan was accepted", "raise ValueError"),
+    ("initial parameters", "HasASeedOfItsOwn", "gate is the same from two seeds", "no seed of its own"),
+    ("plan", "CountsFromOne", "expert_index holds 8", "from 0 to 7"),
+    ("empty groups", "DividesByTokens", "load_balancing_loss is nan", "one finite number"),
+    ("repetition", "DrawsFromTorch", "changed between two identical calls", "instead of torch.rand"),
+    ("groups", "SeesAllGroups", "a token of another group went from expert", "each group by itself"),
+    ("causality", "Peeks", "of 30 earlier ones did too", "declare causal = False"),
+    ("causality", "TooModest", "no earlier token heard of later ones", "declare causal = True"),
+    ("load", "DropsInSilence", "asked for expert 3 and 0 were served", "it should be"),
+    ("equal loads", "ClaimsEqualLoads", "experts serve [", "equal by construction"),
+    ("step sums", "HandsOnMeans", "as the sum over three passes", "divide in end_step"),
+    ("padding", "CountsPadding", "all padding was added, step_sums gave demand", "count the tokens it was given"),
+    ("gate gradient", "Detaches", "gate got no gradient from the layer's output", "without detach()"),
+    ("gate gradient", "DetachesHalf", "(a finite difference, in float64), and the gradient says", "let the gradient"),
+    ("auxiliary losses", "LossOfCounts", "gives no parameter a gradient", "not detached"),
+    ("accumulation", "CountsPasses", "router.bias differed by 3 between", "end_step divides them"),
+    ("ranks", "KnowsItsRank", "on two ranks", "by the routing group"),
+    ("recomputation", "RemembersInForward", "computed again in the backward pass", "forward may change nothing"),
+    ("state", "RemembersOutsideBuffers", "after it was saved and loaded", "keep what is remembered in buffers"),
+    ("float64", "AlwaysFloat32", "its weight is torch.float32", "full_precision"),
+    ("float64", "SecretlyFloat32", "not when they move by 1e-10", "full_precision"),
+    ("mixed precision", "UnderAutocast", "under autocast to bfloat16", "enabled=False"),
+    ("few or equal tokens", "DividesBySpread", "given one token, a weight is inf", "not finite"),
+    ("not a number", "RoundsWhatIsNoNumber", "it raised RuntimeError", "given one token of nan"),
+]
+BY_NAME = {check.name: check for check in ALL}
+
+
+def subject(router: str, **more: float) -> Subject:
+    return Subject(f"wrong_routers.{router}", **more)
+
+
+@pytest.mark.parametrize(("check", "router", "came_out", "would_do"), WRONG, ids=[case[1] for case in WRONG])
+def test_a_broken_promise_is_told_by_its_check(check: str, router: str, came_out: str, would_do: str) -> None:
+    found = outcome(BY_NAME[check], subject(router))
+    assert found.verdict == "broken"
+    assert came_out in found.sentence
+    assert would_do in found.sentence
+    assert "\n" not in found.sentence
+
+
+def test_every_check_has_a_router_that_breaks_it() -> None:
+    assert {case[0] for case in WRONG} == set(BY_NAME)
+
+
+@pytest.mark.parametrize("check", checks(wrong_routers.Right), ids=str)
+def test_a_router_that_keeps_every_promise_passes(check) -> None:
+    if str(check) == "equal loads":
+        with pytest.raises(NotAsked, match="no plan says equal_loads"):
+            check()
+    else:
+        check()
+
+
+def test_the_random_numbers_of_whoever_asks_are_left_alone() -> None:
+    before = torch.get_rng_state()
+    outcome(BY_NAME["repetition"], subject("DrawsFromTorch"))
+    assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize(
+    ("router", "check", "reason"),
+    [
+        ("uniform", "gate gradient", "no parameters"),
+        ("uniform", "auxiliary losses", "no auxiliary losses"),
+        ("uniform", "step sums", "hands nothing on"),
+        ("switch", "equal loads", "no plan says equal_loads"),
+    ],
+)
+def test_what_has_no_meaning_is_not_asked_with_the_reason(router: str, check: str, reason: str) -> None:
+    found = outcome(BY_NAME[check], subject_of(router))
+    assert found.verdict == "not asked"
+    assert reason in found.sentence
+
+
+def test_a_router_that_never_ends_is_ended_and_told() -> None:
+    found = asked_apart("plan", subject("LoopsForever", seconds=1.0), [])
+    assert found.verdict == "broken"
+    assert "still running after 1 s" in found.sentence
+
+
+def test_a_router_that_ends_its_process_is_told() -> None:
+    found = asked_apart("plan", subject("EndsEverything"), [])
+    assert found == Outcome("broken", "it raised SystemExit: 3: a router may not end the process it runs in")
+
+
+def test_the_exit_code_is_0_where_nothing_is_broken(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command, "ALL", [BY_NAME["construction"], BY_NAME["equal loads"]])
+    assert main(["switch", "num_experts=4", "--seconds", "120"]) == 0
+    assert "lightning_base.routing.switch.Switch: 1 ok, 1 not asked" in capsys.readouterr().out
