@@ -15,8 +15,8 @@ from lightning_base.instantiation import ConfigError
 from lightning_base.module import LanguageModel
 from lightning_base.program.build import build_module
 from lightning_base.program.checkpoint import CheckpointError, VerifiedCheckpointIO, checkpoints, newest, step_of
-from lightning_base.program.config import read_config
 from lightning_base.program.explain import BAD_INPUT
+from lightning_base.program.read_config import read_config
 from lightning_base.program.run_directory import RunDirectory, write_json
 
 FOLDER, WEIGHTS, DESCRIPTION = "export", "model.safetensors", "model.json"

@@ -3,7 +3,6 @@
 Shapes: B sequences, L positions, V vocabulary.
 """
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,16 +12,17 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.nn import functional as F
-from torch.optim.lr_scheduler import LambdaLR
 
 from lightning_base.auxiliary_losses import StepCounts, auxiliary_losses, step_counts
-from lightning_base.distributed.gradients import clip_gradients, gradient_norm, local
+from lightning_base.distributed.gradients import clip_gradients, gradient_norm
 from lightning_base.distributed.reduction import sum_over_ranks
 from lightning_base.instantiation import instantiate
 from lightning_base.metrics.language_model import LanguageModelLoss
 from lightning_base.model_options import read_model
 from lightning_base.moe.exchange import Exchange
-from lightning_base.moe.layer import set_evaluation_mode, without_exchange
+from lightning_base.moe.layer import set_evaluation_mode
+from lightning_base.non_finite import NonFiniteError, first_not_finite
+from lightning_base.optimization import learning_rate, make_optimizer
 from lightning_base.program.checkpoint import PARAMETER_NAMES
 from lightning_base.routing.plan import RoutingPlan
 from lightning_base.routing.router import Router
@@ -30,18 +30,6 @@ from lightning_base.routing.selection import full_precision
 from lightning_base.sparse_model import SparseModel
 
 IGNORED = -100
-
-
-class NonFiniteError(RuntimeError):
-    """A loss or hidden state that is NaN or infinite; names the step and the layer.
-
-    Attributes:
-        place: the first part of the model that is not finite, if any: one of its ``stages`` or a parameter.
-    """
-
-    def __init__(self, sentence: str, place: str | None = None) -> None:
-        super().__init__(sentence)
-        self.place = place
 
 
 def valid_or_none(batch: Mapping[str, Any]) -> Tensor | None:
@@ -231,30 +219,7 @@ class LanguageModel(pl.LightningModule):
         set_evaluation_mode(self.model, mode)
 
     def configure_optimizers(self) -> Any:
-        """AdamW; weight decay on matrices alone, not on norms, embeddings and routers. These have a rate of theirs."""
-        options = self.optimizer_options
-        rate = float(options["learning_rate"])
-        decayed: list[nn.Parameter] = []
-        kept: list[nn.Parameter] = []
-        first, second = (float(beta) for beta in options["betas"])
-        embeddings = {id(m.weight) for m in self.model.modules() if isinstance(m, nn.Embedding)}
-        # Their first dimension is the expert.
-        experts = {p for layer in self.model.sparse_layers.values() for p in layer.experts.parameters()}
-        routers = {p: None for m in self.model.modules() if isinstance(m, Router) for p in m.parameters()}
-        for parameter in self.model.parameters():
-            if parameter not in routers:
-                vector = parameter.ndim - (parameter in experts) < 2
-                (kept if vector or id(parameter) in embeddings else decayed).append(parameter)
-        optimizer = torch.optim.AdamW(
-            [
-                {"params": decayed, "weight_decay": float(options["weight_decay"])},
-                {"params": kept, "weight_decay": 0.0},
-                {"params": list(routers), "weight_decay": 0.0, "lr": rate * options["router_learning_rate_factor"]},
-            ],
-            lr=rate,
-            betas=(first, second),
-        )
-        schedule = LambdaLR(optimizer, self._learning_rate_factor)
+        optimizer, schedule = make_optimizer(self.model, self.optimizer_options, self.max_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -296,7 +261,10 @@ class LanguageModel(pl.LightningModule):
         if step % self.trainer.log_every_n_steps:  # type: ignore[attr-defined]
             return
         values = {f"train/{name}": float(value) for name, value in reduced.items()}
-        values |= {"train/gradient_norm": float(gradient_norm), "train/learning_rate": self._learning_rate(step)}
+        values |= {
+            "train/gradient_norm": float(gradient_norm),
+            "train/learning_rate": learning_rate(self.optimizer_options, step, self.max_steps),
+        }
         for logger in self.trainer.loggers:
             logger.log_metrics(values, step)
 
@@ -314,22 +282,6 @@ class LanguageModel(pl.LightningModule):
             [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
             for optimizer in self.trainer.optimizers
         ]
-
-    def _learning_rate_factor(self, step: int) -> float:
-        options = self.optimizer_options
-        warmup, peak = options["warmup_steps"], float(options["learning_rate"])
-        final = float(options["final_learning_rate"]) / peak
-        if step < warmup:
-            return (step + 1) / (warmup + 1)
-        if options["schedule"] == "constant":
-            return 1.0
-        done = min(1.0, (step - warmup) / max(1, self.max_steps - warmup))
-        left = 1 - done if options["schedule"] == "linear" else (1 + math.cos(math.pi * done)) / 2
-        return final + (1 - final) * left
-
-    def _learning_rate(self, step: int) -> float:
-        """The rate of a step; the first is 1."""
-        return float(self.optimizer_options["learning_rate"]) * self._learning_rate_factor(step - 1)
 
     def _count_step(self, plans: Mapping[str, RoutingPlan], batch: Mapping[str, Any]) -> StepCounts:
         """Counts over the whole optimizer step for losses that need them, when its first micro batch is at hand.
@@ -375,39 +327,13 @@ class LanguageModel(pl.LightningModule):
     def _raise_if_not_finite(self, batch: Mapping[str, Tensor], cause: Exception | None) -> None:
         """Runs the batch again with an eye on every block, and names the first that is not finite."""
         self._shuffle_as(None)  # this rank may be the only one that is here
-        broken: list[str] = []
-
-        def watch(name: str, output: Any) -> None:
-            hidden = output[0] if isinstance(output, tuple) else output
-            if isinstance(hidden, Tensor) and not bool(torch.isfinite(hidden).all()):
-                broken.append(name)
-
-        hooks = [
-            module.register_forward_hook(lambda _m, _i, output, name=name: watch(name, output))
-            for name, module in self.model.stages.items()
-        ]
-        # This rank may be the only one that is here: it cannot gather slices, nor ask for experts.
-        sliced = any(local(parameter) is not parameter for parameter in self.model.parameters())
-        try:
-            if not sliced:
-                with torch.no_grad(), without_exchange(self.model):
-                    self.model(batch["input_ids"], batch["valid"])
-        except ValueError:
-            pass  # a solver stopped at NaN scores: the hooks have seen where they began, or it is the router itself
-        finally:
-            for hook in hooks:
-                hook.remove()
-        if cause is not None and not broken:
-            bad = [
-                n for n, parameter in self.model.named_parameters() if not bool(torch.isfinite(local(parameter)).all())
-            ]
-            if not bad:
-                return
-            broken = [bad[0].removeprefix("blocks.")]
-        where = f"first in {broken[0]}" if broken else "in the loss itself, with every layer finite"
-        if not broken and self.held_with:
+        place = first_not_finite(self.model, batch, parameters=cause is not None)
+        if cause is not None and place is None:
+            return
+        where = f"first in {place}" if place is not None else "in the loss itself, with every layer finite"
+        if place is None and self.held_with:
             where = "in a layer that this rank cannot look for, because others hold parts of its parameters"
-        raise NonFiniteError(self._not_finite("The loss", where), broken[0] if broken else None) from cause
+        raise NonFiniteError(self._not_finite("The loss", where), place) from cause
 
     def _not_finite(self, what: str, where: str) -> str:
         """The sentence of a failure: the step, the place, and what there is to go back to."""

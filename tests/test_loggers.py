@@ -13,7 +13,8 @@ import program
 import pytest
 
 from lightning_base.instantiation import ConfigError
-from lightning_base.program.config import LoggerConfig, check_loggers
+from lightning_base.program.config import LoggerConfig
+from lightning_base.program.read_config import check_loggers
 
 
 def needs(package: str) -> pytest.MarkDecorator:

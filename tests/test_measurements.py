@@ -11,7 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from lightning_base.program.build import build_module
-from lightning_base.program.config import read_config
+from lightning_base.program.read_config import read_config
 
 EXPERTS = 4
 STEPS = ("trainer.max_steps=4", "trainer.log_every_n_steps=2", "trainer.validate_every_n_steps=2")

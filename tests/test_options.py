@@ -8,7 +8,7 @@ import pytest
 
 from lightning_base.benchmark.bare import configuration
 from lightning_base.program.build import build_module
-from lightning_base.program.config import fit_schedule
+from lightning_base.program.read_config import fit_schedule
 
 STEPS = ("trainer.max_steps=4", "trainer.log_every_n_steps=1", "trainer.validate_every_n_steps=4")
 # Documents of their own length: padding in training and evaluation, and nobody sees another document.

@@ -11,7 +11,8 @@ from omegaconf import OmegaConf
 from pytorch_lightning import Trainer
 
 from lightning_base.instantiation import ConfigError
-from lightning_base.program.config import TrainerConfig, read_config
+from lightning_base.program.config import TrainerConfig
+from lightning_base.program.read_config import read_config
 from lightning_base.program.trainer_arguments import REFUSED, check_trainer_argument, without_plus
 
 OWN = ("max_steps", "threads")

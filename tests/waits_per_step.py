@@ -15,8 +15,8 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_base.program.config import read_config
 from lightning_base.program.rank import run
+from lightning_base.program.read_config import read_config
 from lightning_base.program.run_directory import RunDirectory
 
 REPOSITORY = Path(__file__).resolve().parent.parent

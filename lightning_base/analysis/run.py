@@ -13,7 +13,8 @@ from lightning_base.instantiation import ConfigError
 from lightning_base.module import LanguageModel
 from lightning_base.program.build import build_data, build_module
 from lightning_base.program.checkpoint import CheckpointError, VerifiedCheckpointIO, checkpoints, step_of, verify
-from lightning_base.program.config import Config, read_config
+from lightning_base.program.config import Config
+from lightning_base.program.read_config import read_config
 from lightning_base.program.run_directory import RunDirectory
 
 MIXED = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}

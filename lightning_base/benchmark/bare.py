@@ -20,7 +20,8 @@ from lightning_base.benchmark.ledger import Ledger
 from lightning_base.data.preparation import prepare_for_run
 from lightning_base.module import IGNORED
 from lightning_base.program import rank as train
-from lightning_base.program.config import Config, read_config
+from lightning_base.program.config import Config
+from lightning_base.program.read_config import read_config
 from lightning_base.routing.plan import RoutingPlan
 
 CONF = Path(__file__).parents[1] / "conf"

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from lightning_base.callbacks.tensorboard import tensorboard_writer
 from lightning_base.distributed.reduction import over_ranks, rank
-from lightning_base.module import LanguageModel, NonFiniteError
+from lightning_base.module import LanguageModel
+from lightning_base.non_finite import NonFiniteError
 from lightning_base.program.run_directory import RunDirectory
 from lightning_base.routing.plan import RoutingPlan
 from lightning_base.routing.router import Router

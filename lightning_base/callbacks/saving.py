@@ -8,7 +8,8 @@ import pytorch_lightning as pl
 import torch
 
 from lightning_base.distributed.gradients import local
-from lightning_base.module import LanguageModel, NonFiniteError
+from lightning_base.module import LanguageModel
+from lightning_base.non_finite import NonFiniteError
 from lightning_base.program.checkpoint import checkpoints, on_all_ranks, step_of
 from lightning_base.program.processes.launch import STOP_SIGNALS
 from lightning_base.program.run_directory import RunDirectory

@@ -19,7 +19,8 @@ from lightning_base.distributed.expert_parallel import ExpertParallelStrategy
 from lightning_base.instantiation import ConfigError, instantiate
 from lightning_base.module import LanguageModel
 from lightning_base.program import checkpoint
-from lightning_base.program.config import GIVEN_TO_CALLBACKS, Config, check_devices, fit_schedule, wanted_callbacks
+from lightning_base.program.config import Config
+from lightning_base.program.read_config import GIVEN_TO_CALLBACKS, check_devices, fit_schedule, wanted_callbacks
 from lightning_base.program.run_directory import RunDirectory
 
 

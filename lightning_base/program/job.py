@@ -15,9 +15,10 @@ from omegaconf import DictConfig, OmegaConf
 from lightning_base.data import CorpusError, prepare_for_run, settled
 from lightning_base.instantiation import ConfigError
 from lightning_base.program.claim import InUseError, claimed, in_use, is_here_and_alive, read_owner
-from lightning_base.program.config import Config, check_devices, check_loggers, fit_schedule, read_config
+from lightning_base.program.config import Config
 from lightning_base.program.processes.share import Share
 from lightning_base.program.processes.slurm import MEETING_POINT, meeting_point
+from lightning_base.program.read_config import check_devices, check_loggers, fit_schedule, read_config
 from lightning_base.program.resume import NEVER, check_resume, start_over
 from lightning_base.program.run_directory import EXECUTION, RunDirectory, under
 from lightning_base.program.tree import LIVE_TABLE, node_rank, run_tree, say, shown

@@ -33,11 +33,12 @@ from lightning_base.instantiation import ConfigError
 from lightning_base.program import checkpoint
 from lightning_base.program.build import build_callbacks, build_data, build_module, build_trainer, threads_per_rank
 from lightning_base.program.claim import as_rank
-from lightning_base.program.config import Config, read_config
+from lightning_base.program.config import Config
 from lightning_base.program.disk import full_disk
 from lightning_base.program.loggers import finish_loggers, offline_loggers
 from lightning_base.program.processes.heartbeat import Heartbeat
 from lightning_base.program.processes.launch import PREEMPTED, STOP_SIGNALS, die_with_parent
+from lightning_base.program.read_config import read_config
 from lightning_base.program.resume import begin, find_start
 from lightning_base.program.run_directory import RunDirectory, write_json
 

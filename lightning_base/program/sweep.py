@@ -23,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lightning_base.instantiation import ConfigError
-from lightning_base.program.config import Config, check_devices, check_loggers, read_config
+from lightning_base.program.config import Config
 from lightning_base.program.explain import BAD_INPUT, explain
 from lightning_base.program.job import (
     check_nodes,
@@ -33,6 +33,7 @@ from lightning_base.program.job import (
 )
 from lightning_base.program.processes.forked import warm_up
 from lightning_base.program.processes.launch import GRACE_SECONDS, LOOK_SECONDS, PREEMPTED, STOP_SIGNALS
+from lightning_base.program.read_config import check_devices, check_loggers, read_config
 from lightning_base.program.run_directory import RunDirectory, read_json, write_json
 from lightning_base.program.tree import LIVE_TABLE, RANK_ENTRY, node_rank, shown
 

@@ -14,7 +14,7 @@ from lightning_base.analysis.command import main
 from lightning_base.data import PreparedCorpus
 from lightning_base.module import LanguageModel
 from lightning_base.program.build import build_data
-from lightning_base.program.config import read_config
+from lightning_base.program.read_config import read_config
 
 SEQUENCES = 40
 LENGTH = 32

@@ -15,7 +15,8 @@ from tiny_training import fit, language_model, leave, micro_batches
 from torch import Tensor
 
 from lightning_base.callbacks.alarms import Alarms, counts_of
-from lightning_base.module import LanguageModel, NonFiniteError
+from lightning_base.module import LanguageModel
+from lightning_base.non_finite import NonFiniteError
 from lightning_base.program.run_directory import RunDirectory, write_json
 from lightning_base.routing import Router, RoutingGroups, RoutingPlan
 from lightning_base.routing.plan import count_by_group

@@ -175,9 +175,9 @@ def check_train(
     from hydra.types import RunMode
 
     from lightning_base.program import command, sweep
-    from lightning_base.program.config import check_loggers, read_config
     from lightning_base.program.job import plain_config
     from lightning_base.program.plugins import store_routers
+    from lightning_base.program.read_config import check_loggers, read_config
 
     given = get_args_parser().parse_intermixed_args(arguments)
     GlobalHydra.instance().clear()

@@ -85,8 +85,8 @@ def configurations(found: list[tuple[str, str]]) -> None:
 
     from lightning_base.instantiation import resolve
     from lightning_base.program import command
-    from lightning_base.program.config import read_config
     from lightning_base.program.job import plain_config
+    from lightning_base.program.read_config import read_config
 
     for place, text in found:
         given = OmegaConf.create(text)
