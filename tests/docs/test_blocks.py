@@ -1,8 +1,8 @@
 """Every code block of every page does what the page says.
 
 Python runs, page by page. Commands are checked without what takes long (commands.py says how). In the long form those
-that train with ``model=tiny`` or ``debug=fast``, or train nothing, run too: from top to bottom, in a folder for the
-page, and what the page shows of their output has to be there. A block with ``title="..."`` is a file in that folder.
+that train something small, or nothing, run too (page_run.py says which): from top to bottom, in a folder for the page,
+and what the page shows of their output has to be there. A block with ``title="..."`` is a file in that folder.
 The one way out is ``<!-- not run: reason -->`` in front of a block.
 """
 

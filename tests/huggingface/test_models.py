@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
+import forks
 import pytest
 import torch
 from huggingface.tiny_models import (
@@ -205,6 +206,26 @@ def test_recomputation_changes_nothing_even_after_a_pass_without_gradient(kind: 
     for name, gradient in found[0].items():
         torch.testing.assert_close(found[1][name], gradient, atol=1e-6, rtol=1e-5)
         assert gradient is not None
+
+
+def compare_compiled() -> None:
+    """Raises unless a compiled model gives the same as the plain one."""
+    found = []
+    for compiled in (False, True):
+        model = sparse("qwen2", ARMS["top_k"])
+        output = (torch.compile(model, backend="eager") if compiled else model)(some_ids())
+        output.logits.square().sum().backward()
+        found.append((output.logits, {name: p.grad for name, p in model.named_parameters()}))
+    (logits, gradients), (others, other_gradients) = found
+    torch.testing.assert_close(others, logits, atol=1e-6, rtol=1e-5)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(other_gradients[name], gradient, atol=1e-5, rtol=1e-4)
+    assert torch._dynamo.utils.counters["frames"]["ok"] > 0, "nothing was compiled"
+
+
+@pytest.mark.exhaustive
+def test_a_compiled_model_gives_the_same_logits_and_gradients() -> None:
+    forks.call(compare_compiled)  # the compiler cannot trace the shape checks that are on in this process
 
 
 # Patterns

@@ -103,14 +103,3 @@ def test_two_ranks_learn_what_one_does(sweep: Path, arguments: list[str], strate
         alone, together = (dict(program.series(path, name)) for path in (one, two))
         assert alone.keys() == together.keys()
         assert list(together.values()) == pytest.approx(list(alone.values()), abs=1e-4)
-
-
-@pytest.mark.exhaustive
-@pytest.mark.parametrize("more", [["module.compile=true"], ["module.activation_checkpointing=true"]], ids=" ".join)
-def test_how_a_step_is_computed_changes_nothing(
-    sweep: Path, arguments: list[str], more: list[str], tmp_path: Path
-) -> None:
-    done = program.train(*arguments, "router=top_k", *more, f"runs_dir={tmp_path}")
-    assert done.returncode == 0, done.stderr
-    alone, other = (program.series(path, "train/loss") for path in (job(sweep, "top_k"), program.only_job(tmp_path)))
-    assert [value for _, value in other] == pytest.approx([value for _, value in alone], abs=1e-4)
