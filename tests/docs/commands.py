@@ -11,7 +11,7 @@ import shlex
 import subprocess
 import sys
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import redirect_stderr
 from functools import cache
 from io import StringIO
@@ -211,20 +211,19 @@ def check_train(
         return [sweep.check_job(config, combination)[2].path.name for combination in combinations]
 
 
-def failures(found: Sequence[tuple[str, tuple[str, ...], dict[str, str]]], own: str, whole: bool) -> None:
-    """Leaves with a line for each command that would not start, if there is one.
-
-    Args:
-        found: the arguments of ``Command``.
-        own: the folder of the page's own files.
-        whole: as in ``check``.
-    """
-    os.chdir(own)
+def refusals(found: Iterable[Command], own: Path, *, whole: bool) -> list[str]:
+    """A line for each command that would not start, with the reason; arguments as those of ``check``."""
     wrong = []
-    for command in (Command(*fields) for fields in found):
+    for command in found:
         try:
-            check(command, Path(own), whole=whole)
+            check(command, own, whole=whole)
         except Exception as error:  # whatever would have stopped the program
             wrong.append(f"{command.place}: {shlex.join(command.words)}\n  {type(error).__name__}: {error}")
-    if wrong:
+    return wrong
+
+
+def failures(found: Sequence[tuple[str, tuple[str, ...], dict[str, str]]], own: str, whole: bool) -> None:
+    """Leaves with what is refused of commands, which are given by the arguments of ``Command``."""
+    os.chdir(own)
+    if wrong := refusals((Command(*fields) for fields in found), Path(own), whole=whole):
         raise SystemExit("\n".join(wrong))

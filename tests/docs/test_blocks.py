@@ -1,8 +1,8 @@
 """Every code block of every page does what the page says.
 
 Python runs, page by page. Commands are checked without what takes long (commands.py says how). In the long form those
-that train with ``model=tiny`` or ``debug=fast``, or train nothing, run too: from top to bottom, in a folder for the
-page, and what the page shows of their output has to be there. A block with ``title="..."`` is a file in that folder.
+that train something small, or nothing, run too (page_run.py says which): from top to bottom, in a folder for the page,
+and what the page shows of their output has to be there. A block with ``title="..."`` is a file in that folder.
 The one way out is ``<!-- not run: reason -->`` in front of a block.
 """
 
@@ -114,7 +114,6 @@ def test_configurations_would_be_accepted() -> None:
 
 @pytest.mark.parametrize("name", [name for name in PYTHON if name not in RUN])
 def test_the_python_of_a_page_runs(name: str, tmp_path: Path) -> None:
-    page_run.write_files(PAGES[name], tmp_path)
     (tmp_path / "page.py").write_text(pages.python_program(PAGES[name], without=LONG_PYTHON))
     done = forks.run(["page.py"], folder=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -122,8 +121,7 @@ def test_the_python_of_a_page_runs(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", [name for name, found in SHELL.items() if found])
 def test_the_commands_of_a_page_would_start(name: str, tmp_path: Path) -> None:
-    page_run.write_files(PAGES[name], tmp_path)
-    forks.call(commands.failures, [command.fields() for command in SHELL[name]], str(tmp_path), False)
+    forks.call(page_run.check, str(PAGES[name]), str(tmp_path), False)
 
 
 WRONG = {
@@ -163,12 +161,12 @@ def test_all_jobs_of_all_commands_and_of_those_in_the_text_would_start(tmp_path:
         spans = [span for span in pages.spans(page) if not is_a_form(span.words) and name != "CHANGELOG.md"]
         targets = [span.words[1] for span in spans if is_a_target(span.words)]
         assert [target for target in targets if f"\n{target}:" not in makefile] == [], name
-        found = [*SHELL[name], *(span for span in spans if not is_a_target(span.words))]
-        if any(block.title for block in BLOCKS[name]):
-            page_run.write_files(PAGES[name], tmp_path / name)
-            forks.call(commands.failures, [command.fields() for command in found], str(tmp_path / name), True)
+        together += [span for span in spans if not is_a_target(span.words)]
+        if name in RUN or any(block.title for block in BLOCKS[name]):
+            (tmp_path / name).mkdir(parents=True)
+            forks.call(page_run.check, str(PAGES[name]), str(tmp_path / name), True)
         else:
-            together += found
+            together += SHELL[name]
     # In one process, which checks equal commands once.
     forks.call(commands.failures, [command.fields() for command in together], str(tmp_path), True, timeout=550)
 
