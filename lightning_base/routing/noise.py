@@ -35,8 +35,7 @@ def uniform_noise(
     prefix_T = total_T - before_G[groups.index(device)]
     seed_T = _mix(prefix_T + _mix(torch.tensor(key, device=device)) + _mix(torch.tensor(step + 1, device=device)) * 3)
     bits_TN = _mix(seed_T[:, None] + _mix(torch.arange(count, device=device)))
-    # 24 bits, which float32 holds exactly; the middle of each interval, so that neither 0 nor 1 occurs.
-    return ((bits_TN & 0xFFFFFF).float() + 0.5) / 2**24
+    return _between_0_and_1(bits_TN)
 
 
 def normal_noise(
@@ -64,6 +63,14 @@ def permutation(count: int, *, key: int, step: int, part: int = 0) -> Int64[Tens
 def draw_key() -> Int64[Tensor, ""]:
     """A key from torch's global generator, which the model seeds for every module by name."""
     return torch.randint(2**62, (), dtype=torch.int64)
+
+
+def _between_0_and_1(bits: Int64[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """The middles of 2^23 equal intervals, by bits 1 to 23: 24 digits with the half, which is what float32 holds.
+
+    With one bit more the last middle would be rounded to 1, whose normal number is infinite.
+    """
+    return (((bits & 0xFFFFFF) >> 1).float() + 0.5) / 2**23
 
 
 def _mix(x: Int64[Tensor, "*shape"]) -> Int64[Tensor, "*shape"]:

@@ -6,7 +6,7 @@ import torch
 from router_arms import groups_of
 from scipy import stats
 
-from lightning_base.routing.noise import normal_noise, uniform_noise
+from lightning_base.routing.noise import _between_0_and_1, normal_noise, uniform_noise
 
 
 def ids_of(count: int, seed: int = 0) -> torch.Tensor:
@@ -51,3 +51,11 @@ def test_steps_and_layers_differ() -> None:
 def test_nothing_gives_nothing() -> None:
     assert uniform_noise(ids_of(0), groups_of(), 4, key=1, step=0).shape == (0, 4)
     assert uniform_noise(ids_of(0), groups_of(0, 0), 4, key=1, step=0).shape == (0, 4)
+
+
+def test_no_bits_give_a_number_whose_normal_is_infinite() -> None:
+    # All 24 bits set were rounded to 1 in float32, once in 17 million numbers.
+    lowest, highest = _between_0_and_1(torch.tensor([0, 0xFFFFFF]))
+    assert lowest.item() == 2**-24
+    assert highest.item() == 1 - 2**-24
+    assert torch.isfinite(torch.special.ndtri(torch.stack([lowest, highest]))).all()
