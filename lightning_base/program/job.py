@@ -5,6 +5,7 @@ Nothing here runs on a rank.
 
 import os
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from lightning_base.data import CorpusError, prepare_for_run, settled
-from lightning_base.instantiation import ConfigError
+from lightning_base.instantiation import ConfigError, plain_defaults, resolve
 from lightning_base.program.claim import InUseError, claimed, in_use, is_here_and_alive, read_owner
 from lightning_base.program.config import Config
 from lightning_base.program.processes.share import Share
@@ -22,6 +23,7 @@ from lightning_base.program.read_config import check_devices, check_loggers, fit
 from lightning_base.program.resume import NEVER, check_resume, start_over
 from lightning_base.program.run_directory import EXECUTION, RunDirectory, under
 from lightning_base.program.tree import LIVE_TABLE, node_rank, run_tree, say, shown
+from lightning_base.routing.router import Router
 
 # What a run that goes on may do in another way than it began: nothing that is computed depends on it.
 MAY_CHANGE = (*EXECUTION, "resume", "trainer.progress_bar", "trainer.keep_checkpoints", "data.cache_dir")
@@ -140,9 +142,8 @@ def check_run_directory(run: RunDirectory, plain: dict[str, Any]) -> bool:
         if isinstance(error, ConfigError):
             raise
         raise ConfigError(f"the run directory {path} cannot be used ({error}): {remedy}") from error
-    # A run that is older than this key was watched as the default has it.
     if isinstance(before, dict):
-        before.setdefault("callbacks", plain.get("callbacks"))
+        add_younger_options(before, plain)
     owner = read_owner(run.path)
     if owner is not None and is_here_and_alive(owner):
         raise ConfigError(in_use(run.path, owner))
@@ -152,6 +153,17 @@ def check_run_directory(run: RunDirectory, plain: dict[str, Any]) -> bool:
     if different:
         raise ConfigError(f"the run directory {path} holds a run with another {', '.join(different)}: {remedy}")
     return state != "done"
+
+
+def add_younger_options(before: dict[Any, Any], plain: Mapping[str, Any]) -> None:
+    """Gives the configuration of an older run the options that have come since, where the new one has their default."""
+    # It was watched as the default has it.
+    before.setdefault("callbacks", plain.get("callbacks"))
+    if before["router"].get("_target_") == plain["router"]["_target_"]:
+        defaults = plain_defaults(resolve(plain["router"]["_target_"], "router", Router))
+        for name, value in plain["router"].items():
+            if name in defaults and defaults[name] == value:
+                before["router"].setdefault(name, value)
 
 
 def is_requeued() -> bool:
