@@ -64,8 +64,8 @@ def test_values_and_gradients_are_those_of_a_loop_over_experts(
 
 @every_load
 def test_gradients_are_the_slope_of_the_values(counts: list[int]) -> None:
-    experts = make_experts(len(counts)).double()
-    tokens_AD = torch.randn(sum(counts), 8, dtype=torch.float64, requires_grad=True)
+    experts = make_experts(len(counts), width=3, hidden_width=4).double()
+    tokens_AD = torch.randn(sum(counts), 3, dtype=torch.float64, requires_grad=True)
     names = [name for name, _ in experts.named_parameters()]
 
     def added(tokens: Tensor, *parameters: Tensor) -> Tensor:
