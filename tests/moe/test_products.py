@@ -64,15 +64,16 @@ def test_values_and_gradients_are_those_of_a_loop_over_experts(
 
 @every_load
 def test_gradients_are_the_slope_of_the_values(counts: list[int]) -> None:
-    experts = make_experts(len(counts), width=3, hidden_width=4).double()
-    tokens_AD = torch.randn(sum(counts), 3, dtype=torch.float64, requires_grad=True)
+    experts = make_experts(len(counts)).double()
+    tokens_AD = torch.randn(sum(counts), 8, dtype=torch.float64, requires_grad=True)
     names = [name for name, _ in experts.named_parameters()]
 
     def added(tokens: Tensor, *parameters: Tensor) -> Tensor:
         given = (tokens, torch.tensor(counts))
         return torch.func.functional_call(experts, dict(zip(names, parameters, strict=True)), given)
 
-    assert torch.autograd.gradcheck(added, (tokens_AD, *experts.parameters()))
+    # Along random directions, each of which has a part of every number.
+    assert torch.autograd.gradcheck(added, (tokens_AD, *experts.parameters()), fast_mode=True)
 
 
 @pytest.fixture
