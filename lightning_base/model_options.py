@@ -93,6 +93,10 @@ class ModelConfig(ModelOptions):
         return model
 
 
+# What transformers calls layers that see what a mask lets them; windows are held against the sequence.
+FULL_ATTENTION = {"full_attention", "sliding_attention"}
+
+
 @dataclass(frozen=True, kw_only=True)
 class HuggingFaceConfig(ModelOptions):
     """A causal language model of ``transformers``.
@@ -144,6 +148,12 @@ class HuggingFaceConfig(ModelOptions):
             raise ConfigError(
                 f"data.attend_across_documents=false with the attention window of model.config, {window}, below "
                 f"data.sequence_length={sequence_length}: set it to true, or use shorter sequences"
+            )
+        others = sorted({str(kind) for kind in getattr(config, "layer_types", None) or ()} - FULL_ATTENTION)
+        if within_documents and others:
+            raise ConfigError(
+                f"data.attend_across_documents=false with layers of model.config that take no mask "
+                f"({', '.join(others)}): set it to true"
             )
         sparse_names(outline(config), self.layers, config.hidden_size)
         if router.top_k > 1 and self.split_width:

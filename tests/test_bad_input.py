@@ -51,6 +51,11 @@ CASES = {
         "callbacks.alarms._target_=lightning_base.callbacks.alarms.Alarm is not a Callback",
     ),
     "an option that a callback does not have": (["+callbacks.alarms.dead_check=3"], "did you mean dead_checks"),
+    "no data": (["~data"], "data is missing"),
+    "recording that is switched twice": (
+        ["callbacks.plans.when=true"],
+        "trainer.record_plans=false and callbacks.plans disagree",
+    ),
     "a callback of nobody's": (["+callbacks.mine={a: 1}"], "callbacks.mine has no _target_"),
     "heads that do not divide the width": (["model.heads=5"], "model.heads=5 is out of range"),
     "a GPU that is not there": (

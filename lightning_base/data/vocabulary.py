@@ -61,6 +61,8 @@ def find_vocabulary(
         path = tokenizer_file(tokenizer)
         sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
         found = opened(path, sha256)
+        if not found.get_vocab_size():
+            raise CorpusError(f"{TOKENIZER_KEY}={path} has no tokens: train it first, or give another.")
         size = size_of(found)
         if vocab_size is not None and vocab_size < size:
             raise CorpusError(f"{SIZE_KEY}={vocab_size} is less than the {size:,} tokens of {path}: give {size}.")

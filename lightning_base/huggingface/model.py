@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lightning_base.drop_in import DropIn
 from lightning_base.huggingface.layers import sparse_names
-from lightning_base.huggingface.source import draw, hidden_width, load, outline
+from lightning_base.huggingface.source import draw, hidden_width, load
 from lightning_base.model import document_mask, initialize
 from lightning_base.moe.copies import FeedForwardExperts
 from lightning_base.moe.layer import SparseLayer
@@ -94,6 +94,7 @@ class HuggingFaceModel(SparseModel):
         if checkpoint_activations:
             self.network.activation_checkpointing_enable({"use_reentrant": False})
         self._slots: dict[str, Slot] = {}
+        narrower: nn.Module | None = None
         for name in sparse_names(self.network, layers, config.hidden_size):
             router = make_router()
             router.layer = name
@@ -102,9 +103,12 @@ class HuggingFaceModel(SparseModel):
             if split_width and router.top_k > 1 and not upcycle:
                 assert width is not None
                 width = (width[0], width[1] // router.top_k)
-                narrower = copy.deepcopy(config)
-                setattr(narrower, *width)
-                like = outline(narrower).get_submodule(name)
+                if narrower is None:
+                    # Drawn and not outlined: some modules have values that only their construction gives.
+                    split = copy.deepcopy(config)
+                    setattr(split, *width)
+                    narrower = draw(split, seed)
+                like = narrower.get_submodule(name)
             else:
                 like = self.network.get_submodule(name)
             experts = (
@@ -128,12 +132,10 @@ class HuggingFaceModel(SparseModel):
         self._reading: tuple[Tensor | None, Tensor | None] = (None, None)
 
     def _drawn(self, like: nn.Module, name: str, num_experts: int, seed: int) -> Iterator[nn.Module]:
-        """Experts of the shape of a module; the first is it, if it has values."""
-        empty = next(like.parameters()).is_meta
-        if not empty:
-            yield like
-        for expert in range(0 if empty else 1, num_experts):
-            made = copy.deepcopy(like).to_empty(device="cpu") if empty else copy.deepcopy(like)
+        """Experts of the shape of a module; the first is it."""
+        yield like
+        for expert in range(1, num_experts):
+            made = copy.deepcopy(like)
             with _seeded(f"{seed}:{name}.experts.{expert}"), torch.no_grad():
                 # Inner modules first: a module may draw anew what its parts have drawn.
                 for module in reversed(list(made.modules())):

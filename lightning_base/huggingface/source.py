@@ -70,6 +70,14 @@ def read_config(source: str | Mapping[str, Any], vocab_size: int | None = None) 
     for key, value in config.to_dict().items():
         if "drop" in key and isinstance(value, int | float) and value:
             setattr(config, key, type(value)(0))
+    for needed in ("hidden_size", "vocab_size"):
+        if not isinstance(getattr(config, needed, None), int):
+            raise ConfigError(
+                f"model.config of {kind} has no {needed} of its own, as a model of several parts: name its text part, "
+                f"as {kind}_text"
+            )
+    if hasattr(config, "is_decoder"):
+        config.is_decoder = True  # or an encoder would look ahead
     config.use_cache, config.pad_token_id = False, None
     return config
 

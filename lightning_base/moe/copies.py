@@ -75,7 +75,10 @@ class FeedForwardExperts(nn.Module):
                 weight_EMN = torch.stack([as_mn(each) for each in parts])
                 biases = [] if part.bias is None else [each.get_parameter("bias").detach() for each in parts]
                 bias_EN = torch.stack(biases) if biases else None
-                _put(self, f"network.{name}".rstrip("."), ExpertLinear(weight_EMN, bias_EN))
+                product = ExpertLinear(weight_EMN, bias_EN)
+                for key, parameter in product.named_parameters():
+                    parameter.requires_grad_(part.get_parameter(key).requires_grad)
+                _put(self, f"network.{name}".rstrip("."), product)
             elif not self.together:
                 for key, parameter in part.named_parameters(recurse=False):
                     values = torch.stack([each.get_parameter(key).detach() for each in parts])
@@ -125,7 +128,11 @@ class FeedForwardExperts(nn.Module):
 
 def is_linear(module: nn.Module) -> bool:
     """Whether a module is x W + b, as torch has it or as GPT-2 of transformers does, with W the other way round."""
-    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+    # One with a way of its own to compute, such as a quantised one, is not taken for its product.
+    kind = type(module)
+    return (
+        kind.forward is nn.Linear.forward or f"{kind.__module__}.{kind.__name__}" == "transformers.pytorch_utils.Conv1D"
+    )
 
 
 def as_mn(module: nn.Module) -> Float[Tensor, "M N"]:

@@ -157,8 +157,11 @@ def check_run_directory(run: RunDirectory, plain: dict[str, Any]) -> bool:
 
 def add_younger_options(before: dict[Any, Any], plain: Mapping[str, Any]) -> None:
     """Gives the configuration of an older run the options that have come since, where the new one has their default."""
-    # It was watched as the default has it.
-    before.setdefault("callbacks", plain.get("callbacks"))
+    # What looks on changes nothing; what else there may be is none of ours.
+    ours = {
+        k: v for k, v in plain["callbacks"].items() if str(v.get("_target_")).startswith("lightning_base.callbacks.")
+    }
+    before["callbacks"] = {**before.get("callbacks", {}), **ours}
     if before["router"].get("_target_") == plain["router"]["_target_"]:
         defaults = plain_defaults(resolve(plain["router"]["_target_"], "router", Router))
         for name, value in plain["router"].items():
@@ -247,6 +250,8 @@ def plain_config(composed: DictConfig) -> dict[str, Any]:
     container = OmegaConf.to_container(copied, resolve=True)
     assert isinstance(container, dict)
     plain = {str(key): value for key, value in container.items()}
+    if not isinstance(plain.get("data"), Mapping):
+        return plain  # which is refused in a sentence
     try:
         return plain | {"data": settled(plain["data"])}
     except CorpusError as error:

@@ -24,7 +24,12 @@ def read_config(node: Mapping[str, Any]) -> Config:
     """
     config = _build(Config, node, "")
     declare(config.plugins)
-    wanted_callbacks(config.callbacks)
+    records = "plans" in wanted_callbacks(config.callbacks)
+    if config.callbacks and records != config.trainer.record_plans:
+        raise ConfigError(
+            f"trainer.record_plans={str(config.trainer.record_plans).lower()} and callbacks.plans disagree: leave "
+            "callbacks.plans as it is, and set trainer.record_plans"
+        )
     try:
         _check_across(config)
     except ConfigError:

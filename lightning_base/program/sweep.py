@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any, TextIO
@@ -113,8 +113,9 @@ def stop_with_workers(sweep: Path) -> None:
         # Another one than what a terminal may have sent them: the same one twice would kill their jobs.
         passed_on = signal.SIGTERM if number == signal.SIGUSR1 else signal.SIGUSR1
         for worker in psutil.Process().children():
-            if "loky" in " ".join(worker.cmdline()) and "resource_tracker" not in " ".join(worker.cmdline()):
-                worker.send_signal(passed_on)
+            with suppress(psutil.Error):  # of one that has ended
+                if "loky" in " ".join(worker.cmdline()) and "resource_tracker" not in " ".join(worker.cmdline()):
+                    worker.send_signal(passed_on)
         deadline = time.monotonic() + GRACE_SECONDS + LOOK_SECONDS
         while any(RunDirectory(path.parent).is_alive() for path in sweep.glob("*/status.json")):
             if time.monotonic() > deadline:

@@ -33,6 +33,8 @@ NAMING = (
     "trainer.keep_checkpoints",
     "logger",
 )
+# Of this package, they look on.
+CALLBACKS = "lightning_base.callbacks."
 BY_SEED = ("batch_fingerprint", "initial_weights_fingerprint")
 THREADS = re.compile(r", \d+ threads?$")
 
@@ -137,7 +139,13 @@ def shared_setting(run: Run) -> dict[str, Any]:
     # Of a model of transformers: what its configuration file said.
     found |= flatten({"architecture": manifest["architecture"]}) if manifest.get("architecture") else {}
     found |= {f"packages.{name}": version for name, version in manifest["packages"].items()}
-    return found | configured(run, (*ROUTER, *NAMING, *EXECUTION, "seed"), without=True)
+    return found | configured(run, (*ROUTER, *NAMING, *EXECUTION, *looking_on(run), "seed"), without=True)
+
+
+def looking_on(run: Run) -> list[str]:
+    """The keys of callbacks that change nothing that is computed; one of somebody else's may."""
+    listed = run.config.get("callbacks") or {}
+    return [f"callbacks.{name}" for name, node in listed.items() if str(node.get("_target_")).startswith(CALLBACKS)]
 
 
 def setting(arms: tuple[Arm, ...]) -> dict[str, Any]:

@@ -32,6 +32,9 @@ MUST_MATCH = (
     "model.depth",
     "model.placement",
     "model.sparse_layers",
+    "model.library",
+    "model.config",
+    "model.layers",
     "trainer.max_steps",
     "trainer.validate_every_n_steps",
 )

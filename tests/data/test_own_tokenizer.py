@@ -11,7 +11,7 @@ import pytest
 from synthetic_corpora import ListCorpus, make_documents
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from lightning_base.data import CorpusError, PreparedCorpus, TokenSplit, prepare
+from lightning_base.data import CorpusError, PreparedCorpus, TokenSplit, prepare, settled
 
 TEXTS = [document.text for document in make_documents(60)]
 
@@ -148,6 +148,12 @@ def test_a_tokenizer_that_cannot_be_used_is_said_in_one_sentence(
         prepare(ListCorpus(make_documents(60)), **given)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "cache").exists()
+
+
+def test_a_tokenizer_without_tokens_is_said_too(tmp_path: Path) -> None:
+    Tokenizer(models.BPE()).save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(CorpusError, match=r"tokenizer\.json has no tokens: train it first"):
+        settled({"tokenizer": str(tmp_path)})
 
 
 def test_a_run_takes_the_vocabulary_of_a_tokenizer_and_measures_bits_per_byte(

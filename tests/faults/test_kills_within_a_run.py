@@ -46,7 +46,8 @@ def rows(run: Path) -> dict[str, list[tuple[str, ...]]]:
         with open(path, newline="") as file:
             read = [row for row in csv.DictReader(file) if not row.get("name", "").startswith("machine/")]
         for row in read:
-            row.pop("seconds", None)
+            for clock in ("seconds", "waiting"):
+                row.pop(clock, None)
             if row.get("name", "").startswith(CLOCKS):
                 row["value"] = "measured"
         found[path.name] = sorted(tuple(row.values()) for row in read)

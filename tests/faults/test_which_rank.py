@@ -146,7 +146,7 @@ def test_a_stopped_rank_is_named(ended: dict[str, Ended]) -> None:
 
 @pytest.mark.exhaustive
 def test_the_only_rank_is_named_when_it_is_stopped(small_corpus: list[str], tmp_path: Path) -> None:
-    options = ("-m", "seed=1", "strategy=ddp", "strategy.timeout_seconds=5")
+    options = ("-m", "seed=1", "strategy.timeout_seconds=5")
     process = program.start(*options, *small_corpus, *LONG, f"runs_dir={tmp_path}")
     directory = wait_for_step(tmp_path, 13, process)
     os.kill(rank_processes(directory, 1)[0], signal.SIGSTOP)

@@ -285,6 +285,11 @@ CASES: dict[str, tuple[dict, str]] = {
     "a folder that is not there": ({"config": "/nowhere"}, r"model\.config=/nowhere does not exist: give a folder"),
     "a folder of something else": ({"config": str(Path(__file__).parent)}, r"has no config\.json"),
     "a file of something else": ({"config": __file__}, r"test_models\.py cannot be read"),
+    "several parts": ({"config": {"model_type": "gemma3"}}, r"gemma3 has no hidden_size of its own.*gemma3_text"),
+    "layers without a mask": (
+        {"config": {"model_type": "lfm2", **SIZES, "layer_types": ["conv", "full_attention"]}},
+        r"attend_across_documents=false with layers of model\.config that take no mask \(conv\): set it to true",
+    ),
     "an unknown key": ({"config": GPT2, "layer": "x"}, r"model\.layer is not an option of HuggingFaceConfig.*layers"),
 }
 
@@ -295,6 +300,24 @@ def test_what_cannot_be_built_gets_one_sentence(case: str) -> None:
     with pytest.raises(ConfigError, match=sentence) as raised:
         sparse(**given)
     assert "\n" not in str(raised.value)
+
+
+def test_an_encoder_becomes_causal() -> None:
+    ids = some_ids()
+    later = ids.clone()
+    later[:, -1] = (later[:, -1] + 1) % VOCABULARY
+    with torch.no_grad():
+        model = sparse({"model_type": "bert", **SIZES}, layers="cls.predictions.transform").eval()
+        torch.testing.assert_close(model(ids).logits[:, :-1], model(later).logits[:, :-1])
+
+
+def test_what_only_construction_gives_is_there_in_narrower_experts() -> None:
+    # Parameters of this activation are none that transformers draws.
+    model = sparse({"model_type": "apertus", **SIZES}, ARMS["top_k"])
+    found = [p for name, p in model.named_parameters() if "act_fn" in name]
+    assert found
+    assert all(torch.equal(p, p[:1].expand_as(p)) for p in found if p.ndim and len(p) == 8)
+    assert all(bool(torch.isfinite(p).all()) for p in model.parameters())
 
 
 def test_copies_of_experts_that_are_narrower_are_refused(folders: dict[str, Path], tmp_path: Path) -> None:

@@ -84,6 +84,26 @@ def test_every_expert_computes_its_own_tokens_as_it_would_alone(name: str, dtype
                 torch.testing.assert_close(by_name[key][e], expected_of, **close)
 
 
+class Halved(nn.Linear):
+    """With a way of its own to compute."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) / 2
+
+
+def test_a_linear_layer_with_a_way_of_its_own_keeps_it_and_what_is_frozen_stays_so() -> None:
+    alone = experts_of(lambda: Halved(WIDTH, WIDTH), torch.float64)
+    experts = FeedForwardExperts(alone, WIDTH)
+    assert not experts.together
+    x = torch.randn(7, WIDTH, dtype=torch.float64)
+    expected = torch.cat([expert(rows) for expert, rows in zip(alone, x.split([3, 0, 4]), strict=True)])
+    torch.testing.assert_close(experts(x, torch.tensor([3, 0, 4])), expected)
+    frozen = nn.Linear(WIDTH, WIDTH)
+    frozen.bias.requires_grad_(False)
+    kept = FeedForwardExperts([frozen] * 2, WIDTH).network
+    assert {key: p.requires_grad for key, p in kept.named_parameters()} == {"weight": True, "bias": False}
+
+
 @pytest.mark.parametrize("name", ["gated", "with a norm inside"])
 def test_a_rank_that_keeps_its_share_computes_its_share(name: str) -> None:
     experts = FeedForwardExperts([ARCHITECTURES[name][0]() for _ in range(4)], HIDDEN)

@@ -62,6 +62,15 @@ def test_loss_coefficients_and_names_of_runs_do_not_separate(experiment: Path) -
     assert len(section.labels) == len(set(section.labels)) == 3
 
 
+def test_callbacks_that_look_on_do_not_separate_and_others_do(experiment: Path) -> None:
+    ours = {"callbacks": {"plans": {"_target_": "lightning_base.callbacks.recording.PlanRecorder", "when": True}}}
+    write_run(experiment / "recorded", "TopK", 4.6, changes=ours)
+    (section,) = build(experiment).sections
+    assert len(section.labels) == 3
+    write_run(experiment / "watched", "Hash", 4.6, changes={"callbacks": {"mine": {"_target_": "theirs.Stops"}}})
+    assert len(build(experiment).sections) == 2
+
+
 def test_another_world_size_stays_in_the_table_and_the_speed_is_labelled(experiment: Path) -> None:
     changes = {"trainer.devices": 2, "strategy.name": "ddp"}
     write_run(
