@@ -27,7 +27,7 @@ TWO_RANKS = ("strategy=ddp", "trainer.devices=2", "strategy.timeout_seconds=60")
 SHARED_EXPERTS = ("strategy=expert_parallel", *TWO_RANKS[1:])
 # What is measured with a clock; the machine's speed is not even measured at the same steps.
 CLOCKS = ("train/step_time", "train/tokens_per_second", "train/memory_mb", "train_time/", "machine/")
-CLOCKS += ("communication/seconds", "communication/waiting")
+CLOCKS += ("communication/seconds", "communication/share", "communication/waiting")
 
 
 def killing(folder: Path, places: tuple[str, ...] = ()) -> Path:
