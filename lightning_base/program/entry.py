@@ -39,12 +39,27 @@ def run(name: str) -> int:
     return main() or 0
 
 
+def complete() -> int:
+    """Answers what ``train -sc install=bash`` asks: a program to complete, or what Hydra knows of ``train``."""
+    line, point = os.environ.get("COMP_LINE", ""), int(os.environ.get("COMP_POINT", "0"))
+    words = line.split()
+    if words[1:2] != ["train"] or line[:point].split()[-1] == "train":
+        print(" ".join(PROGRAMS))
+        return 0
+    # Hydra knows of no name between the command and its overrides.
+    shorter = line.replace(" train", "", 1)
+    os.environ |= {"COMP_LINE": shorter, "COMP_POINT": str(point - len(line) + len(shorter))}
+    return run("train")
+
+
 def main() -> int:
     """``lightning-base PROGRAM ...``; 2 if there is no such program."""
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in PROGRAMS:
         del sys.argv[1]
         return run(name)
+    if name == "-sc":
+        return complete()
     if name not in ("-h", "--help"):
         from lightning_base.instantiation import did_you_mean
 
