@@ -51,7 +51,7 @@ CASES = {
         "callbacks.alarms._target_=lightning_base.callbacks.alarms.Alarm is not a Callback",
     ),
     "an option that a callback does not have": (["+callbacks.alarms.dead_check=3"], "did you mean dead_checks"),
-    "no data": (["~data"], "data is missing"),
+    "no data": (["~data"], "data.corpus is missing"),
     "recording that is switched twice": (
         ["callbacks.plans.when=true"],
         "trainer.record_plans=false and callbacks.plans disagree",
