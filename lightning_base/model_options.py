@@ -1,5 +1,6 @@
 """What the configuration says under ``model``: our own transformer, or a model of ``transformers``."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -15,7 +16,7 @@ from lightning_base.sparse_model import SparseModel
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelOptions:
+class ModelOptions(ABC):
     """What all models have."""
 
     split_width: bool = True
@@ -28,17 +29,17 @@ class ModelOptions:
         require(shuffle, "model.shuffle_tokens", self.shuffle_tokens, accepted)
 
     @property
+    @abstractmethod
     def router_width(self) -> int:
         """D, of the hidden states that routers see."""
-        raise NotImplementedError
 
+    @abstractmethod
     def check(self, router: Router, *, vocab_size: int, sequence_length: int, within_documents: bool) -> None:
         """Raises ValueError if the model cannot be built with this router for this data."""
-        raise NotImplementedError
 
+    @abstractmethod
     def build(self, *, seed: int, router_scale: float, **given: Any) -> SparseModel:
         """The model with its initial weights; ``given`` is what ``Transformer`` asks for besides these options."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True, kw_only=True)

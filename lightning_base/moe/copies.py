@@ -11,7 +11,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from lightning_base.moe.experts import expert_matmul
+from lightning_base.moe.experts import expert_matmul, share_of
 
 
 class ExpertLinear(nn.Module):
@@ -90,10 +90,7 @@ class FeedForwardExperts(nn.Module):
         Raises:
             ValueError: the ranks cannot hold equally many.
         """
-        if self.num_experts % ranks:
-            raise ValueError(f"{self.num_experts} experts cannot be shared equally by {ranks} ranks")
-        share = self.num_experts // ranks
-        self.held = range(rank * share, (rank + 1) * share)
+        self.held = share_of(self.num_experts, rank, ranks)
         for part in self.network.modules():
             for key, whole in part.named_parameters(recurse=False):
                 mine = whole.detach()[self.held.start : self.held.stop].clone()

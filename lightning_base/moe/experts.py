@@ -67,10 +67,7 @@ class Experts(nn.Module):
         Raises:
             ValueError: the ranks cannot hold equally many.
         """
-        if self.num_experts % ranks:
-            raise ValueError(f"{self.num_experts} experts cannot be shared equally by {ranks} ranks")
-        share = self.num_experts // ranks
-        self.held = range(rank * share, (rank + 1) * share)
+        self.held = share_of(self.num_experts, rank, ranks)
         for weights in (self.w1, self.w2):
             for depth, whole in enumerate(weights):
                 mine = whole.detach()[self.held.start : self.held.stop].clone()
@@ -148,3 +145,15 @@ def expert_matmul(
         rows = x_AM.split(counts.tolist())
         return torch.cat([x @ weight for x, weight in zip(rows, weight_EMN.unbind(), strict=True)])
     return F.grouped_mm(x_AM.contiguous(), weight_EMN, offs=counts.cumsum(0).to(torch.int32))
+
+
+def share_of(num_experts: int, rank: int, ranks: int) -> range:
+    """The experts that one of several ranks holds.
+
+    Raises:
+        ValueError: the ranks cannot hold equally many.
+    """
+    if num_experts % ranks:
+        raise ValueError(f"{num_experts} experts cannot be shared equally by {ranks} ranks")
+    share = num_experts // ranks
+    return range(rank * share, (rank + 1) * share)

@@ -157,6 +157,7 @@ def test_the_only_rank_is_named_when_it_is_stopped(small_corpus: list[str], tmp_
 
 
 BROKEN = {
+    "forward": "RuntimeError: broken in the forward pass",
     "backward": "RuntimeError: broken in the backward pass",
     "metric": "RuntimeError: broken in a metric",
     "save": "cannot be written on rank 0: OSError: broken in a save",
@@ -168,17 +169,14 @@ BROKEN = {
 def broken(
     small_corpus: list[str], routers: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[tuple[str, str], Path]:
-    """The jobs of a sweep, by their strategy and where one of their ranks raises.
-
-    One that raises in the forward pass is in test_a_job_that_fails.py.
-    """
+    """The jobs of a sweep, by their strategy and where one of their ranks raises."""
     runs = tmp_path_factory.mktemp("broken")
     arms = (f"router.place={','.join(BROKEN)}", "strategy=ddp,expert_parallel")
     done = program.train(
         "-m", "router=breaking", *small_corpus, *RANKS, *arms, f"runs_dir={runs}", routers=routers, timeout=500
     )
     assert done.returncode == 1, done.stderr
-    assert "0 of 8 jobs done" in done.stderr
+    assert f"0 of {2 * len(BROKEN)} jobs done" in done.stderr
     assert wait_until_gone(runs) == []
     configs = {path: OmegaConf.load(path / ".hydra/config.yaml") for path in program.jobs(runs).values()}
     return {(config.strategy.name, config.router.place): path for path, config in configs.items()}
