@@ -84,7 +84,12 @@ def check_make(rest: Sequence[str], own: Path, *, whole: bool) -> None:
     for word in set(rest) - set(targets):
         if f"$({word.partition('=')[0]})" not in makefile and f"$({word.partition('=')[0]}," not in makefile:
             raise PageError(f"the Makefile has no variable {word.partition('=')[0]}")
-    done = subprocess.run(["make", "-n", *rest], cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+    # A make that runs the tests hands its own variables on; the reader's shell has none.
+    variables = {"MAKEFLAGS", "MAKEOVERRIDES", "MFLAGS", *re.findall(r"^(\w+) \?=", makefile, re.MULTILINE)}
+    reader = {name: value for name, value in os.environ.items() if name not in variables}
+    done = subprocess.run(
+        ["make", "-n", *rest], cwd=REPOSITORY, env=reader, capture_output=True, text=True, timeout=120
+    )
     if done.returncode:
         raise PageError(done.stderr.strip())
     if refused := re.search(r"^echo \"(error: .*?)\" && exit 2", done.stdout, re.MULTILINE):
