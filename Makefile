@@ -100,7 +100,7 @@ benchmark: setup-dev  ## Layer, step, harness, start, data, ranks and solver, th
 
 .PHONY: benchmark-check
 benchmark-check: setup-dev  ## The same (FORM=shortest: two minutes), and names the ratios that are worse than in docs/benchmark_baseline.json
-	@$(BIN)/python experiments/benchmark.py all --$(FORM) --check --json $(RUNS)/benchmark.json $(ARGS)
+	@$(BIN)/python experiments/benchmark.py all --$(FORM) --check --json $(RUNS)/benchmark-check.json $(ARGS)
 
 .PHONY: test
 test: setup-dev  ## The tests in their short form, minutes on two cores

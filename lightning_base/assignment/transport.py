@@ -22,6 +22,7 @@ SMALL = 2**11  # up to so many scores, shortest paths alone are quickest
 NEWTON = ((1.0, 8), (0.5, 4), (0.25, 1))  # smoothing of each step in typical margins; one token in so many smoothed
 FINER = ((0.125, 1), (0.0625, 1))  # further steps, as long as one leaves less than `GAIN` of the tokens too many
 GAIN = 0.9
+ALL = 64  # all tokens may move where one in so many is too many
 MORE = 32  # how many tokens may move for each that is one too many
 ROUNDS = 4
 KEY = {4: np.int32, 8: np.int64}  # equal rows have equal margins, and few others do
@@ -106,9 +107,10 @@ def _newton(choice: Choice, loads: Loads, prices: F64, warm: bool) -> F64:
 def _assign(choice: Choice, loads: Loads, prices: F64) -> tuple[I64, F64, bool]:
     """Optimal assignment and prices, starting at prices where `choice` already stands; steps 2 to 4."""
     T, E = choice.scores_TE.shape
-    # Where ties leave whole groups of tokens in the wrong place, prices have far to go and holding any is in vain.
+    # Prices have far to go where ties leave whole groups of tokens in the wrong place or tokens in tight clusters are
+    # nearly tied: some that were held would want to leave, and each round costs as much as the first.
     excess = choice.excess(loads)
-    wanted = T if excess > T // 16 else max(T // 4, 4 * E, MORE * excess)
+    wanted = T if excess > T // ALL else max(T // 4, 4 * E, MORE * excess)
     may_move = np.zeros(T, bool)
     for round_ in range(ROUNDS):
         if round_ == ROUNDS - 1 or wanted >= T or T * E <= SMALL:

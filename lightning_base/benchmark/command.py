@@ -49,7 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         if given.json is None:
             raise SystemExit("error: say of which run: page --json FILE")
-        write(DOCS / "performance.md", json.loads(given.json.read_text()))
+        others = [json.loads(path.read_text()) for path in given.also]
+        write(DOCS / "performance.md", json.loads(given.json.read_text()), others)
         BASELINE.write_text(given.json.read_text())
         return 0
     result = run(given.subject, given.form, compiled=given.compile, keep_memory=given.keep_memory)
@@ -74,6 +75,9 @@ def parser() -> argparse.ArgumentParser:
     asked.add_argument("--keep-memory", action="store_true", help="layer: freed memory is kept, as in training runs")
     asked.add_argument("--check", action="store_true", help=f"compare the ratios with {BASELINE.name}")
     asked.add_argument("--json", type=Path, help="keep the records here; `page` makes page and baseline from them")
+    asked.add_argument(
+        "--also", type=Path, nargs="+", default=[], help="page: the long form of layer, and step with --compile"
+    )
     asked.add_argument("--figure", type=Path, help="assignment: draw its figure here, and measure nothing")
     return asked
 

@@ -5,7 +5,7 @@ Shapes: R rounds.
 
 import functools
 import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,23 +24,33 @@ from lightning_base.benchmark.arms import (
     ours,
     references,
 )
-from lightning_base.benchmark.memory import can_measure, peak_bytes
+from lightning_base.benchmark.memory import can_measure, page_faults, peak_bytes
 from lightning_base.benchmark.peers import check_peers, peers
+from lightning_base.benchmark.products import SIX_PRODUCTS, SixProducts, share_in_products
 from lightning_base.benchmark.record import Form, Record, ratio_record
 from lightning_base.benchmark.timing import Seconds, interleaved
 from lightning_base.moe.stopwatch import Stopwatch
 
 SHORTEST = [(2048, 128, 8)]
 MEMORY_ROUNDS = 3
+SLOW_EVERY = 5  # rounds for one of an arm that takes several times as long as most
 QUICK = [*SHORTEST, (2048, 512, 8), (4096, 256, 32), (8192, 256, 64)]
-FULL = [*QUICK, (2048, 128, 4), (8192, 128, 128), (4096, 512, 32), (32768, 256, 64), (2048, 2048, 8)]
+FULL = [
+    *QUICK,
+    (2048, 128, 4),
+    (8192, 128, 128),
+    (4096, 512, 32),
+    (32768, 128, 128),
+    (32768, 256, 64),
+    (2048, 2048, 8),
+]
 
 
 def records(form: Form, through_compiler: bool) -> list[Record]:
     """Ratios to the floor, to dense and to the fastest peer; phases, memory and the roofline."""
     check_peers()
     found: list[Record] = []
-    rounds, seconds = {"full": (21, 150.0), "quick": (9, 35.0), "shortest": (7, 15.0)}[form]
+    rounds, seconds = {"full": (21, 150.0), "quick": (11, 80.0), "shortest": (7, 15.0)}[form]
     for setting in settings(form):
         found += measure(setting, rounds, seconds, through_compiler)
     return found
@@ -63,26 +73,43 @@ def measure(setting: Setting, rounds: int, seconds: float, through_compiler: boo
     base_arms = references(setting, experts)
     our_arms = ours(setting, experts)
     peer_arms = [arm for arm, _ in peers(setting, experts)]
-    arms = [*base_arms, *our_arms, *peer_arms]
+    arms = [*base_arms, SixProducts(setting, experts), *our_arms, *peer_arms]
     if through_compiler:
         torch._dynamo.config.recompile_limit = 64  # all arms share the code of one layer
         arms += [compiled(arm) for arm in (*base_arms, *our_arms)]
     batches = make_batches(setting)
     gradient = torch.randn_like(batches[0])
 
-    def timed(gradient: Tensor | None, seconds: float, title: str) -> Seconds:
-        methods = {arm.name: lambda arm=arm: arm.run(batches, gradient) for arm in arms}
-        return interleaved(methods, rounds=rounds, seconds=seconds, device=setting.device, title=f"{setting} {title}")
+    def timed(gradient: Tensor | None, seconds: float, title: str) -> tuple[Seconds, dict[str, list[int]]]:
+        faults: dict[str, list[int]] = {arm.name: [] for arm in arms}
+
+        def run(arm: Arm) -> None:
+            before = page_faults()
+            arm.run(batches, gradient)
+            faults[arm.name].append(page_faults() - before)
+
+        methods = {arm.name: functools.partial(run, arm) for arm in arms}
+        times = interleaved(
+            methods,
+            rounds=rounds,
+            seconds=seconds,
+            device=setting.device,
+            title=f"{setting} {title}",
+            slow_every=SLOW_EVERY,
+        )
+        return times, faults
 
     found: list[Record] = []
-    for what, times in (
+    for what, (times, faults) in (
         ("forward", timed(None, seconds / 3, "forward")),
         ("forward+backward", timed(gradient, seconds, "forward and backward")),
     ):
         for arm in arms:
+            seconds_of_arm = float(np.nanmedian(times[arm.name]))
             shown: dict[str, Any] = {
-                "tokens_per_second": round(setting.T / float(np.median(times[arm.name]))),
-                "ms": round(1e3 * float(np.median(times[arm.name])), 3),
+                "tokens_per_second": round(setting.T / seconds_of_arm),
+                "ms": round(1e3 * seconds_of_arm, 3),
+                "page_faults": round(float(np.median(faults[arm.name][1:]))),  # the first pass is no timed one
                 "note": arm.note,
                 "dropped": dropped(arm, batches),
             }
@@ -98,8 +125,11 @@ def measure(setting: Setting, rounds: int, seconds: float, through_compiler: boo
     around_R = 1 - times[EXPERTS_ALONE] / times["BASE"]
     measure = "all but experts / forward+backward"
     found.append(ratio_record("layer", str(setting), "BASE", measure, around_R, aim=phase_aim(setting)))
+    if setting.device == "cpu":
+        found += in_products(setting, arms, batches, gradient)
     if can_measure(setting.device):
-        found += memory(setting, arms, batches, gradient)
+        slow = {name for name, times_R in times.items() if np.isnan(times_R).any()}
+        found += memory(setting, arms, batches, gradient, slow)
     found += attainable(setting, times)
     return found
 
@@ -113,7 +143,7 @@ def floor_aim(arm: Arm, setting: Setting) -> float | None:
 
 def against_peers(setting: Setting, times: Seconds, our_arms: Sequence[Arm], peer_arms: Sequence[Arm]) -> list[Record]:
     """How many times the throughput of the fastest peer, which is the one of the least median, and of st-moe."""
-    fastest = min((arm.name for arm in peer_arms), key=lambda name: float(np.median(times[name])))
+    fastest = min((arm.name for arm in peer_arms), key=lambda name: float(np.nanmedian(times[name])))
     compared = {"throughput / fastest peer": (fastest, 1.2 if setting.E >= 32 else 1.0)}
     if "st-moe-pytorch" in times:
         compared["throughput / st-moe-pytorch"] = ("st-moe-pytorch", 4.0)
@@ -158,16 +188,40 @@ def phase_aim(setting: Setting) -> float | None:
     return 0.1 if setting.D >= 512 else None
 
 
-def memory(setting: Setting, arms: Sequence[Arm], batches: Sequence[Tensor], gradient: Tensor) -> list[Record]:
-    """Peak memory of a forward and backward pass over the floor's, weights and inputs not counted."""
-    peaks: dict[str, list[int]] = {arm.name: [] for arm in arms}
+def in_products(setting: Setting, arms: Sequence[Arm], batches: Sequence[Tensor], gradient: Tensor) -> list[Record]:
+    """What share of one forward and backward pass a matrix product runs."""
+    return [
+        ratio_record(
+            "layer",
+            str(setting),
+            arm.name,
+            "matrix products / forward+backward",
+            np.array([share_in_products(functools.partial(arm.run, batches, gradient))]),
+            better="higher",
+            compared=False,
+        )
+        for arm in arms
+    ]
+
+
+def memory(
+    setting: Setting, arms: Sequence[Arm], batches: Sequence[Tensor], gradient: Tensor, slow: Collection[str]
+) -> list[Record]:
+    """Peak memory of a forward and backward pass over the floor's, weights and inputs not counted.
+
+    Arms in ``slow`` are looked at once.
+    """
+    # What the products write is there before.
+    arms = [arm for arm in arms if arm.name != SIX_PRODUCTS]
+    peaks: dict[str, list[float]] = {arm.name: [] for arm in arms}
     # What is here already stays: each look at the peak collects garbage, and would look through all that was imported.
     gc.collect()
     gc.freeze()
-    for _ in range(MEMORY_ROUNDS):
+    for turn in range(MEMORY_ROUNDS):
         for arm in arms:
             method = functools.partial(arm.run, batches, gradient)
-            peaks[arm.name].append(peak_bytes(method, setting.device))
+            skipped = turn > 0 and arm.name in slow
+            peaks[arm.name].append(float("nan") if skipped else peak_bytes(method, setting.device))
     gc.unfreeze()
     floor_R = np.array(peaks["floor"])
     return [
@@ -178,7 +232,7 @@ def memory(setting: Setting, arms: Sequence[Arm], batches: Sequence[Tensor], gra
             "peak memory / floor",
             np.array(peaks[arm.name]) / floor_R,
             aim=1.3 if arm.layer is not None else None,
-            megabytes=round(float(np.median(peaks[arm.name])) / 2**20, 1),
+            megabytes=round(float(np.nanmedian(peaks[arm.name])) / 2**20, 1),
         )
         for arm in arms
         if arm.name != "floor"
@@ -199,5 +253,5 @@ def attainable(setting: Setting, times: Seconds) -> list[Record]:
     }
     return [
         ratio_record("layer", str(setting), name, "attainable / measured", least / times[name], better="higher", **more)
-        for name in ("floor", "dense", "BASE")
+        for name in ("floor", SIX_PRODUCTS, "dense", "BASE")
     ]

@@ -2,6 +2,7 @@
 
 import ctypes
 import gc
+import resource
 from collections.abc import Callable
 from pathlib import Path
 
@@ -34,6 +35,11 @@ def peak_bytes(method: Callable[[], object], device: str) -> int:
     before = status_bytes("VmRSS")
     method()
     return status_bytes("VmHWM") - before
+
+
+def page_faults() -> int:
+    """Pages that this process has touched for the first time so far; the kernel clears each."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
 def status_bytes(name: str) -> int:

@@ -5,6 +5,7 @@ Shapes: R rounds.
 
 from typing import Any, Literal
 
+import numpy as np
 from jaxtyping import Float64
 from numpy import ndarray
 
@@ -33,7 +34,7 @@ def ratio_record(
         setting: sizes, such as ``2048 x 512 x 8``.
         arm: what was measured.
         measure: what the ratio is, such as ``forward+backward / floor``.
-        ratios_R: one ratio per round.
+        ratios_R: one ratio per round; NaN where something sat out.
         better: ``lower`` or ``higher``.
         aim: the ratio that the project wants to reach, if it set one.
         absolute: where the aim is no ratio: the median, its unit, and the aim in that unit.
@@ -48,7 +49,7 @@ def ratio_record(
         "ratio": round(ratio.median, 4),
         "low": round(ratio.low, 4),
         "high": round(ratio.high, 4),
-        "rounds": len(ratios_R),
+        "rounds": int((~np.isnan(ratios_R)).sum()),
         "better": better,
         "aim": aim,
     }

@@ -12,12 +12,19 @@ FIGURES = {
     "tokens_per_second": "tokens/s",
     "feed_forward_flops": "feed-forward FLOPs",
     "optimizer_share": "optimizer's share",
+    "page_faults": "page faults",
     "dropped": "dropped",
     "exchange": "exchange / step",
     "sent_megabytes": "MB sent a layer and step",
     "messages": "peers",
     "gradient_megabytes": "MB of gradients",
     "megabytes": "MB",
+    "newton_steps": "Newton steps",
+    "too_many": "too many",
+    "rounds_of_paths": "rounds of paths",
+    "searches": "searches",
+    "paths": "paths",
+    "tokens_moved": "tokens moved",
 }
 Row = list[str]
 Render = Callable[[Sequence[Row]], str]

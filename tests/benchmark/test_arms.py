@@ -1,14 +1,18 @@
 """What is timed computes what it says, and memory and roofline count what they should."""
 
+import mmap
+
 import numpy as np
 import pytest
 import torch
 
 from lightning_base.benchmark import layer, peers
 from lightning_base.benchmark.arms import Setting, make_batches, make_experts, ours, references
-from lightning_base.benchmark.memory import peak_bytes
+from lightning_base.benchmark.memory import page_faults, peak_bytes
+from lightning_base.benchmark.products import SixProducts, covered, share_in_products
 from lightning_base.benchmark.roofline import Roofline, least_bytes
 from lightning_base.benchmark.slots import SlottedExperts
+from lightning_base.moe import Experts
 
 SMALL = Setting(T=64, D=16, E=4, L=32)
 
@@ -97,3 +101,50 @@ def test_the_layer_is_measured_against_floor_dense_and_peers() -> None:
         assert base[measure]["rounds"] == 3
         assert base[measure]["low"] <= base[measure]["ratio"] <= base[measure]["high"]
     assert 0 < base["all but experts / forward"]["ratio"] < 1
+    assert 0 < base["matrix products / forward+backward"]["ratio"] < 1
+    assert "six products, memory kept" in {record["arm"] for record in found if "page_faults" in record}
+
+
+def test_the_six_products_are_those_of_the_floor_without_relu() -> None:
+    experts = make_experts(SMALL, SMALL.E, SMALL.hidden_width)
+    arm, batches = SixProducts(SMALL, experts), make_batches(SMALL)
+    gradient = torch.randn_like(batches[0])
+    buffers = [arm.h_grad_ECH, arm.w1_grad_EDH]
+    for x_BLD in batches[:2]:
+        arm.run(batches, gradient)
+        x_ECD = x_BLD.detach().view(4, 16, 16).requires_grad_()
+        w1, w2 = (weight[0].detach().requires_grad_() for weight in (experts.w1, experts.w2))
+        torch.bmm(torch.bmm(x_ECD, w1), w2).backward(gradient.view(4, 16, 16))
+        for found, expected in zip((arm.x_grad_ECD, arm.w1_grad_EDH, arm.w2_grad_EHD), (x_ECD, w1, w2), strict=True):
+            torch.testing.assert_close(found, expected.grad)
+    assert [buffer.data_ptr() for buffer in buffers] == [arm.h_grad_ECH.data_ptr(), arm.w1_grad_EDH.data_ptr()]
+
+
+def test_the_share_of_products_counts_what_runs_at_the_same_time_once() -> None:
+    assert covered([(0, 2), (1, 4), (6, 7), (1, 3)]) == 5
+    a = torch.randn(256, 256)
+    assert share_in_products(lambda: a.exp_().clamp_(-1, 1)) == 0
+    assert share_in_products(lambda: (a @ a) @ a) > 0.2
+
+
+def test_products_of_experts_in_threads_of_their_own_are_counted() -> None:
+    experts = Experts(num_experts=2, width=256, hidden_width=256)
+    counts, x_AD = torch.tensor([300, 200]), torch.randn(500, 256)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert 0 < share_in_products(lambda: experts(x_AD, counts)) <= 1
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_a_page_that_is_touched_for_the_first_time_is_a_page_fault() -> None:
+    with mmap.mmap(-1, 1000 * mmap.PAGESIZE) as memory:
+        before = page_faults()
+        for page in range(1000):
+            memory[page * mmap.PAGESIZE] = 1
+        first = page_faults() - before
+        for page in range(1000):
+            memory[page * mmap.PAGESIZE] = 2
+        again = page_faults() - before - first
+    assert first >= 1000 > 100 > again

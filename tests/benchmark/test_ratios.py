@@ -46,6 +46,21 @@ def test_a_part_is_charged_for_itself_alone(monkeypatch: pytest.MonkeyPatch) -> 
     assert book.turns == [{"outer": 6.0, "inner": 4.0}]
 
 
+def test_what_is_slow_in_the_first_round_sits_most_rounds_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(timing, "now", lambda _device: clock[0])
+
+    def takes(seconds: float) -> timing.Method:
+        return lambda: clock.__setitem__(0, clock[0] + seconds)
+
+    methods = {"a": takes(1.0), "b": takes(1.0), "c": takes(1.0), "slow": takes(4.0)}
+    times = timing.interleaved(methods, rounds=5, seconds=60.0, slow_every=3)
+    np.testing.assert_array_equal(times["slow"], [4.0, np.nan, np.nan, 4.0, np.nan])
+    assert times["a"].tolist() == [1.0] * 5
+    found = record(list(times["slow"] / times["a"]))
+    assert (found["ratio"], found["rounds"]) == (4.0, 2)
+
+
 @pytest.mark.parametrize(
     ("better", "now", "found"),
     [("lower", 1.5, True), ("lower", 1.1, False), ("lower", 0.5, False), ("higher", 0.6, True), ("higher", 2.0, False)],
@@ -99,6 +114,19 @@ def test_a_page_is_filled_from_the_records(tmp_path: Path) -> None:
     assert "old" not in text
     assert "1.20 (≤ 1: missed by 20%)" in text
     assert (tmp_path / "images" / "performance.png").stat().st_size > 1000
+    page.write_text("<!-- begin long -->a<!-- end long --> <!-- begin compiled -->b<!-- end compiled -->")
+    write(page, {"machine": machine, "form": "quick", "records": records})
+    assert page.read_text() == "<!-- begin long -->a<!-- end long --> <!-- begin compiled -->b<!-- end compiled -->"
+    long = {**records[0], "setting": "2048 x 128 x 4"}
+    step = ratio_record("step", "s", "base, compiled", "step / dense", np.array([0.9]))
+    others = [{"machine": machine, "form": "full", "records": found} for found in ([*records, long], [step])]
+    write(page, {"machine": machine, "form": "quick", "records": records}, others)
+    text = page.read_text()
+    assert "2048 x 128 x 4:" in text
+    assert "8 x 4 x 2" not in text  # the main run has it
+    assert "Not measured: 2048 x 128 x 8, " in text
+    assert "2048 x 2048 x 8." in text
+    assert "| base, compiled | 0.90 |" in text
     page.write_text("<!-- begin nothing --> <!-- end nothing -->")
     with pytest.raises(ValueError, match="asks for nothing, which was not measured"):
         write(page, {"machine": machine, "form": "quick", "records": records})
