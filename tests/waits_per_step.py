@@ -1,9 +1,9 @@
 """Prints how often a training step makes the host wait for the device, by who asked, as JSON.
 
-Counted on a CPU, where they cost nothing: the operations that would wait on a GPU (`.item()`, `bool(tensor)`, `nonzero`,
-boolean indexing, `unique`, ...) by watching what is dispatched, and `.cpu()`, `.tolist()` and `.numpy()`, which dispatch
-nothing, by standing in their place. What was read by `.cpu()` is on the host from then on. A copy from the host to the
-device is not seen. Called with a folder, a router and the overrides of a small corpus.
+Counted on a CPU, where they cost nothing: the operations that would wait on a GPU (`.item()`, `bool(tensor)`,
+`nonzero`, boolean indexing, `unique`, ...) by watching what is dispatched, and `.cpu()`, `.tolist()` and `.numpy()`,
+which dispatch nothing, by standing in their place. What was read by `.cpu()` is on the host from then on. A copy
+from the host to the device is not seen. Called with a folder, a router and the overrides of a small corpus.
 """
 
 import json

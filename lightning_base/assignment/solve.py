@@ -171,16 +171,17 @@ def _checked(
     loads = even_loads(T, E, k) if capacities is None else given_loads(capacities, T, E, k)
     scores = scores.detach()
     work = scores if scores.dtype in (torch.float32, torch.float64) else scores.float()  # exact, and quicker to read
+    if solver == "transport":
+        # Before anything is read, for each of which the host would wait on a GPU.
+        work, prices = work.cpu().contiguous(), None if prices is None else prices.cpu()
     exponent, lowest = _checked_magnitude(work)
     if exponent != 0:
         work = _times_two_to_the(-exponent, work.double())
-    open_E = None if int(loads.largest.min()) > 0 else torch.from_numpy(loads.largest > 0).to(scores.device)
+    open_E = None if int(loads.largest.min()) > 0 else torch.from_numpy(loads.largest > 0).to(work.device)
     if solver != "greedy" and (open_E is not None or lowest == -math.inf):
         _check_open_pairs(work, open_E, k)
     if prices is not None:
         prices = _times_two_to_the(-exponent, _checked_prices(prices, E))
-    if solver == "transport":
-        work = work.cpu().contiguous()
     return _Problem(scores, work, exponent, loads, solver, prices, open_E)
 
 

@@ -75,9 +75,11 @@ def machine_text(result: Mapping[str, Any]) -> str:
 
 def layer_tables(records: Sequence[Record]) -> str:
     """One table per setting, and what the peers compute that is another function."""
+    measured = {record["measure"] for record in records}
+    shown = [measure for measure in LAYER if measure in measured]
     parts = []
     for setting, group in groupby(records, key=lambda record: record["setting"]):
-        parts.append(f"{setting}:\n\n{markdown(rows(list(group), LAYER))}")
+        parts.append(f"{setting}:\n\n{markdown(rows(list(group), shown))}")
     notes = {record["arm"]: record["note"] for record in records if record.get("note")}
     return "\n\n".join([*parts, *(f"{arm}: {note}." for arm, note in notes.items())])
 

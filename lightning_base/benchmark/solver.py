@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-
 import torch
 
 from lightning_base.assignment import balanced_assignment

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lightning_base.assignment import SOLVERS, balanced_assignments
 from lightning_base.routing.plan import RoutingGroups, RoutingPlan, count_by_group
+from lightning_base.routing.price_state import mean_of_prices, sum_of_prices
 from lightning_base.routing.router import Router
 from lightning_base.routing.selection import full_precision, weigh
 
@@ -129,12 +130,11 @@ class BASE(Router):
         return scores_TE.sigmoid() * (2 if self.gate == "twice_sigmoid" else 1)
 
     def step_sums(self, plan: RoutingPlan) -> dict[str, Tensor]:
-        held = torch.tensor([size > 0 for size in plan.groups.sizes], device=self.prices.device)
-        return {"prices": plan.aux["group_prices"][held].sum(0), "groups": held.sum().double()}
+        return sum_of_prices(plan)
 
     def end_step(self, sums: dict[str, Tensor]) -> None:
-        if float(sums.get("groups", torch.zeros(()))):
-            self.prices.copy_(sums["prices"] / sums["groups"])
+        if sums:
+            self.prices.copy_(mean_of_prices(sums, self.prices))
 
 
 def check_orthogonal(num_experts: int, width: int, router: str) -> None:

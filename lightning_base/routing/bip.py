@@ -11,6 +11,7 @@ from jaxtyping import Float, Float64
 from torch import Tensor, nn
 
 from lightning_base.routing.plan import RoutingGroups, RoutingPlan, count_by_group
+from lightning_base.routing.price_state import mean_of_prices, sum_of_prices
 from lightning_base.routing.router import Router
 from lightning_base.routing.selection import check_renormalize, full_precision, select_top_k
 
@@ -84,12 +85,11 @@ class BIP(Router):
         )
 
     def step_sums(self, plan: RoutingPlan) -> dict[str, Tensor]:
-        held = torch.tensor([size > 0 for size in plan.groups.sizes], device=self.prices.device, dtype=torch.bool)
-        return {"prices": plan.aux["group_prices"][held].double().sum(0), "groups": held.sum().double()}
+        return sum_of_prices(plan)
 
     def end_step(self, sums: dict[str, Tensor]) -> None:
-        if float(sums.get("groups", torch.zeros(()))):
-            self.prices.copy_(sums["prices"] / sums["groups"])
+        if sums:
+            self.prices.copy_(mean_of_prices(sums, self.prices))
 
 
 # Groups differ in size from pass to pass, and the time is that of this part alone.

@@ -121,7 +121,7 @@ def test_the_six_products_are_those_of_the_floor_without_relu() -> None:
 
 
 def test_the_share_of_products_counts_what_runs_at_the_same_time_once() -> None:
-    assert covered([(0, 2), (1, 4), (6, 7), (1, 3)]) == 5
+    assert covered([(0.0, 2.0), (1.0, 4.0), (6.0, 7.0), (1.0, 3.0)]) == 5
     a = torch.randn(256, 256)
     assert share_in_products(lambda: a.exp_().clamp_(-1, 1)) == 0
     assert share_in_products(lambda: (a @ a) @ a) > 0.2
