@@ -57,9 +57,9 @@ def profile(scores_TE: Float[Tensor, "T E"], prices: Float[Tensor, " E"] | None 
     return Profile(ms, calls, seen["too many"], seen["rounds"], seen["searches"], seen["paths"], seen["tokens"])
 
 
-def timed(solve: Callable[[], object]) -> tuple[Counter[str], int]:
+def timed(solve: Callable[[], object]) -> tuple[dict[str, float], int]:
     """Seconds of each phase, and the number of Newton steps."""
-    seconds: Counter[str] = Counter()
+    seconds = dict.fromkeys(PHASES, 0.0)
     steps = 0
 
     def charged(phase: str, function: Callable[..., Any]) -> Callable[..., Any]:

@@ -106,6 +106,7 @@ def test_a_page_is_filled_from_the_records(tmp_path: Path) -> None:
     page = tmp_path / "performance.md"
     page.write_text("before\n<!-- begin aims --> old <!-- end aims -->\nafter\n")
     machine = {"cpu": "C", "cores": 2, "threads": 2, "gpu": None, "torch": "2", "python": "3", "load_average": [0.0]}
+    machine["load_average_after"] = [0.5]
     records = [record([1.2] * 3, aim=1.0)]
     write(page, {"machine": machine, "form": "quick", "records": records})
     text = page.read_text()

@@ -139,9 +139,9 @@ FAULTS = [
     ),
     Fault(
         "BASE's prices are a sum over groups",
-        "routing/balanced.py",
-        'self.prices.copy_(sums["prices"] / sums["groups"])',
-        'self.prices.copy_(sums["prices"])',
+        "routing/price_state.py",
+        'sums["prices"] / groups.clamp(min=1)',
+        'sums["prices"]',
         "routing/test_prices_between_steps.py",
     ),
     Fault(

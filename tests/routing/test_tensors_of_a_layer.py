@@ -17,6 +17,8 @@ TOKENS, GROUP, EXPERTS, WIDTH = 512, 256, 16, 24
 SCORES = TOKENS * EXPERTS
 # An even share of the slots of one group; with a capacity factor there are more.
 SLOTS = GROUP // EXPERTS
+# Its loss sums over all scores how likely each is among the k, which depends on whether it is (Shazeer et al. 2017, 8).
+ALLOWED = {"noisy_top_k": [f"aten.gt.Tensor: [{TOKENS}, {EXPERTS}]"]}
 
 
 class Sizes(TorchDispatchMode):
@@ -64,9 +66,8 @@ def test_nothing_is_as_large_as_tokens_times_experts_times_slots(name: str) -> N
     for w2 in experts.w2:
         nn.init.normal_(w2, std=0.1)
     seen = look(SparseLayer(router, experts, routing_group=4).train())
-    assert SCORES <= 4 * SCORES < SCORES * SLOTS
     assert 0 < seen.largest <= 4 * SCORES
-    assert not seen.one_hot
+    assert seen.one_hot == ALLOWED.get(name, [])
 
 
 def test_a_layer_that_makes_them_is_found() -> None:
