@@ -11,7 +11,7 @@ FORM ?= quick
 seeds = $(if $(or $(findstring seed=,$(ARGS)),$(shell grep -sl '^ *seed:' conf/experiment/$(EXPERIMENT).yaml)),,seed=$(SEEDS))
 # What the claims of docs/claims.md are judged by, and what it explains BASE's place with, in the order in which one
 # experiment needs another.
-CLAIMS := compare paper placement expert_size solver group_size english
+CLAIMS := compare paper placement expert_size solver group_size shuffle english
 REASONS := epochs gate router_scale router_learning_rate learning_rate router_norm num_experts final_plan replay_final length
 ABLATIONS := $(filter-out $(CLAIMS) $(REASONS),$(patsubst conf/experiment/%.yaml,%,$(wildcard conf/experiment/*.yaml)))
 
