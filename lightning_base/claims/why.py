@@ -56,11 +56,7 @@ def against(reference: str, arms: Mapping[str, Arm], *, same_model: bool = True)
 
 def compared(studies: Studies, experiment: str = "compare") -> Rows:
     """A comparison, against dense and against dense with a gate."""
-    arms = {
-        NAMES[router]: studies.arm(experiment, router)
-        for router in NAMES
-        if router != "TopK" or has(studies, experiment)
-    }
+    arms = {NAMES[router]: studies.arm(experiment, router) for router in routers_of(studies, experiment)}
     rows = against("dense", arms)
     rows[0].insert(4, "minus gated_dense")
     for row in rows[1:]:
@@ -68,9 +64,10 @@ def compared(studies: Studies, experiment: str = "compare") -> Rows:
     return rows
 
 
-def has(studies: Studies, experiment: str) -> bool:
-    """Whether an experiment has top-k, the arm that shorter ones leave out."""
-    return any(run.ledger["router"] == "TopK" for run in studies.experiment(experiment))
+def routers_of(studies: Studies, experiment: str) -> list[str]:
+    """Those of the comparison that an experiment has finished runs of."""
+    found = {run.ledger["router"] for run in studies.experiment(experiment)}
+    return [router for router in NAMES if router in found]
 
 
 def seeds(studies: Studies) -> Rows:
@@ -145,7 +142,7 @@ def router_rates(studies: Studies) -> Rows:
 
 
 def rates(studies: Studies) -> Rows:
-    routers = ("BASE", "Dense", "GatedDense", "Switch", "TopK", "Hash")
+    routers = routers_of(studies, "learning_rate")
     held = ("Dense", "Switch")
     return grid(studies, "learning_rate", "module__learning_rate", (1.25e-3, 2.5e-3, 5e-3), routers, held=held)
 
@@ -220,7 +217,7 @@ def grid(
 
 def longer(studies: Studies) -> Rows:
     """Differences along a run of ten times the default's length."""
-    arms = {NAMES[router]: studies.arm("length", router) for router in NAMES}
+    arms = {NAMES[router]: studies.arm("length", router) for router in routers_of(studies, "length")}
     pairs = [
         ("gated_dense", "dense"),
         ("switch", "dense"),
@@ -230,6 +227,7 @@ def longer(studies: Studies) -> Rows:
         ("base", "gated_dense"),
         ("base", "switch"),
     ]
+    pairs = [pair for pair in pairs if set(pair) <= arms.keys()]
     rows: Rows = [["step", "dense", *(f"{one} minus {other}" for one, other in pairs)]]
     readers = {str(step): loss_at(step) for step in LENGTHS} | {"whole text, at the end": final_loss}
     for label, read in readers.items():
