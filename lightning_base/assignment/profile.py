@@ -95,7 +95,7 @@ def counted(solve: Callable[[], object], tokens: int) -> Counter[str]:
         seen["searches"] += 1
         return search(*args)
 
-    def counting_push(sink: int, k: int, parent: Any, *args: Any) -> int:
+    def counting_push(sink: Any, k: int, parent: Any, *args: Any) -> int:
         moved = push(sink, k, parent, *args)
         edges, node = 0, sink
         while parent[node] >= 0:
