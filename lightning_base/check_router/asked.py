@@ -10,6 +10,7 @@ from lightning_base.check_router.edges import few_or_equal_tokens, not_a_number
 from lightning_base.check_router.gradient import auxiliary_losses, gate_gradient
 from lightning_base.check_router.groups import groups
 from lightning_base.check_router.load import equal_loads, load, step_sums
+from lightning_base.check_router.needs import needs
 from lightning_base.check_router.padding import padding
 from lightning_base.check_router.plan import empty_groups, plan
 from lightning_base.check_router.precision import float64, mixed_precision
@@ -28,6 +29,7 @@ ALL: tuple[Check, ...] = (
     empty_groups,
     repetition,
     groups,
+    needs,
     causality,
     load,
     equal_loads,
