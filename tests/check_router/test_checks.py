@@ -94,7 +94,6 @@ def test_a_router_that_keeps_every_promise_passes(check) -> None:
     ("router", "options", "check"),
     [
         ("wrong_routers.StraightThrough", {}, "gate gradient"),
-        ("wrong_routers.LikesLargeGates", {}, "groups"),
         ("top_k", {"capacity_factor": 2.0}, "causality"),
         ("top_k", {"capacity_factor": 2.0, "num_experts": 4}, "causality"),
         ("gshard", {"num_experts": 2}, "causality"),

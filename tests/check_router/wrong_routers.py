@@ -384,13 +384,6 @@ class HasNoSlopeAtZero(Right):
         return super().probabilities(tokens / (length_T1 + 1e-6), groups)
 
 
-class LikesLargeGates(Right):
-    """Right: 10,000 times the probability, of which float32 keeps fewer digits behind the point."""
-
-    def weigh(self, chosen_T: Tensor) -> Tensor:
-        return 1e4 * chosen_T
-
-
 class RoundsWhatIsNoNumber(Right):
     def choose(self, probabilities_TE: Tensor, token_ids: Tensor, groups: RoutingGroups) -> Tensor:
         return (probabilities_TE[:, 0].detach() * (self.num_experts - 1)).long()
