@@ -121,7 +121,7 @@ def node_of(target: str, declared: Iterable[str]) -> dict[str, Any]:
 def refuse_shadowed(arguments: Sequence[str], ours: Path) -> None:
     """Raises ConfigError for a file of somebody's that has the name of one of ours and would never be read.
 
-    Hydra looks into ``--config-dir`` and ``hydra.searchpath`` after our own folder. A copy that is the same hides nothing.
+    Hydra looks into ``--config-dir`` and ``hydra.searchpath`` after our own folder. A copy of ours hides nothing.
 
     Args:
         arguments: of the command line.
