@@ -47,6 +47,9 @@ ALL: tuple[Check, ...] = (
     not_a_number,
 )
 
+# After which two ranks that do not answer are ended; a machine that runs tests may be a busy one.
+SECONDS = 120.0
+
 
 @dataclass(frozen=True)
 class Asked:
@@ -71,5 +74,5 @@ def checks(router: type[Router] | str, **options: Any) -> list[Asked]:
         options: of its ``__init__``; ``num_experts`` is 8 unless given, or unless it has a default.
     """
     target = router if isinstance(router, str) else f"{router.__module__}.{router.__qualname__}"
-    subject = Subject(target, options)
+    subject = Subject(target, options, seconds=SECONDS)
     return [Asked(check, subject) for check in ALL]

@@ -64,8 +64,8 @@ WRONG = [
 BY_NAME = {check.name: check for check in ALL}
 
 
-def subject(router: str, **more: float) -> Subject:
-    return Subject(f"wrong_routers.{router}", **more)
+def subject(router: str, seconds: float = 120.0) -> Subject:
+    return Subject(f"wrong_routers.{router}", seconds=seconds)
 
 
 @pytest.mark.parametrize(("check", "router", "came_out", "would_do"), WRONG, ids=[case[1] for case in WRONG])

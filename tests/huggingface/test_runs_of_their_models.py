@@ -7,6 +7,7 @@ import pytest
 import torch
 from huggingface.tiny_models import by_hand
 
+from lightning_base.analysis.command import main as analysis
 from lightning_base.export import load
 from lightning_base.export import main as export
 from lightning_base.report.fairness import compare
@@ -118,3 +119,10 @@ def test_two_ranks_learn_what_one_does(sweep: Path, arguments: list[str], strate
         alone, together = (dict(program.series(path, name)) for path in (one, two))
         assert alone.keys() == together.keys()
         assert list(together.values()) == pytest.approx(list(alone.values()), abs=1e-4)
+
+
+@pytest.mark.exhaustive
+def test_what_experts_attract_is_found_in_their_model_too(sweep: Path) -> None:
+    assert analysis([str(job(sweep, "top_k"))]) == 0
+    rows = (job(sweep, "top_k") / "analysis" / "summary.csv").read_text().splitlines()
+    assert any(LAYER in row for row in rows[1:])
