@@ -152,6 +152,7 @@ class Certificate(pl.Callback):
             "capacity_factor": getattr(router, "capacity_factor", None),
             "asks_for_fewer": router.asks_for_fewer,
             "causal_in_training": router.causal,
+            "straight_through": router.straight_through,
             "evaluation_modes": dict(router.evaluation_modes),
             "parameters": total,
             "active_parameters": total - experts + experts * router.top_k // router.num_experts,
