@@ -107,9 +107,8 @@ class Certificate(pl.Callback):
             "corpus": prepared.statistics,
         }
         self.run.write_manifest(**certificate, ledger=ledger)
-        writer = tensorboard_writer(trainer)
-        # A run that goes on has them already.
-        if writer is not None and not trainer.global_step:
+        writer = tensorboard_writer(trainer, only_new=True)
+        if writer is not None:
             manifest = self.run.manifest()
             cards = {"ledger": manifest.pop("ledger"), "configuration": manifest.pop("config"), "certificate": manifest}
             for tag, values in cards.items():

@@ -8,6 +8,7 @@ from typing import Any
 
 import program
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_base.program.checkpoint import STATE, write
 
@@ -103,8 +104,11 @@ def test_if_none_is_left_the_run_stops_and_starts_over_only_if_told_to(
 
 def test_a_run_can_start_from_a_checkpoint_of_another(small_corpus: list[str], finished: Path, tmp_path: Path) -> None:
     given, run = finished / "checkpoints" / "step_4.ckpt", tmp_path / "run"
-    done = program.train(*small_corpus, *ARGUMENTS, f"resume={given}", f"hydra.run.dir={run}")
+    board = ("logger.tensorboard=true", f"hydra.run.dir={run}")
+    done = program.train(*small_corpus, *ARGUMENTS, f"resume={given}", *board)
     assert done.returncode == 0, done.stderr
+    # A run that goes on has the cards of its beginning; this one begins.
+    assert "certificate/text_summary" in EventAccumulator(str(run / "tensorboard")).Reload().Tags()["tensors"]
     # The validation of step 4 comes after its checkpoint.
     assert program.series(run, "train/loss") == program.series(finished, "train/loss")[4:]
     assert program.series(run, "validation/loss") == program.series(finished, "validation/loss")[1:]
