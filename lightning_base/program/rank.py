@@ -73,7 +73,7 @@ def run(config: Config, directory: Path, heart: Heartbeat | None = None) -> Resu
 
     data = build_data(config, job.prepared_corpus())
     module = build_module(config)
-    start = find_start(job, config.resume, module)
+    start = find_start(job, config.resume, module, config.strategy.timeout_seconds)
     resumed_step = start.step
     if rank_of_this_process() == 0:
         begin(job, start)
