@@ -3,11 +3,12 @@
 import shutil
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
 
 from lightning_base.distributed.meeting import Meeting
 from lightning_base.instantiation import ConfigError
@@ -43,7 +44,7 @@ class Start:
     passed_over: tuple[PassedOver, ...] = ()
 
 
-def find_start(run: RunDirectory, resume: str, module: nn.Module, timeout_seconds: float) -> Start:
+def find_start(run: RunDirectory, resume: str, shapes: Mapping[str, torch.Size], timeout_seconds: float) -> Start:
     """The newest checkpoint that fits, or the given one where the run has none of its own; the same on every rank.
 
     Every rank has to call it, and a checkpoint that one of them cannot use is passed over by all.
@@ -51,7 +52,7 @@ def find_start(run: RunDirectory, resume: str, module: nn.Module, timeout_second
     Args:
         run: whose checkpoints.
         resume: ``auto``, ``never`` (the command has removed them: what there is has been saved since) or a path.
-        module: what has to take the weights.
+        shapes: of the state dict that has to take the weights.
         timeout_seconds: how long ranks wait for each other.
 
     Raises:
@@ -64,7 +65,7 @@ def find_start(run: RunDirectory, resume: str, module: nn.Module, timeout_second
     given = [] if own or resume in (AUTO, NEVER) else [Path(resume)]
     passed: list[PassedOver] = []
     for path in own + given:
-        state, reason = look(path, module)
+        state, reason = look(path, shapes)
         reasons = ranks.hear(str(path), reason)
         if not any(reasons):
             return Start(path, state["global_step"], {} if path in given else state["logs"], tuple(passed))
@@ -75,20 +76,20 @@ def find_start(run: RunDirectory, resume: str, module: nn.Module, timeout_second
     return Start()
 
 
-def look(path: Path, module: nn.Module) -> tuple[dict[str, Any], str]:
+def look(path: Path, shapes: Mapping[str, torch.Size]) -> tuple[dict[str, Any], str]:
     """A checkpoint without its numbers; or one sentence that says why it cannot be gone on from."""
     problem = verify(path)
     if problem:
         return {}, problem
     try:
         state = load(path, device="meta")
-        check_fits(path, state, module)
+        check_fits(path, state, shapes)
     except CheckpointError as error:
         return {}, str(error)
     return state, ""
 
 
-def check_fits(path: Path, state: dict[str, Any], module: nn.Module) -> None:
+def check_fits(path: Path, state: dict[str, Any], shapes: Mapping[str, torch.Size]) -> None:
     """Whether a checkpoint whose bytes are right can be gone on from.
 
     Raises:
@@ -98,8 +99,8 @@ def check_fits(path: Path, state: dict[str, Any], module: nn.Module) -> None:
     lacking = [name for name in needed if not isinstance(state, dict) or name not in state]
     if lacking:
         raise CheckpointError(f"the checkpoint {path} does not hold {', '.join(lacking)}: nothing can go on from it")
-    here, there = ({name: value.shape for name, value in s.items()} for s in (module.state_dict(), state["state_dict"]))
-    odd = sorted(name for name in here.keys() | there.keys() if here.get(name) != there.get(name))
+    found = {name: value.shape for name, value in state["state_dict"].items()}
+    odd = sorted(name for name in shapes.keys() | found.keys() if shapes.get(name) != found.get(name))
     if odd:
         raise CheckpointError(f"the checkpoint {path} is one of another model: {odd[0]} does not fit")
 
