@@ -173,10 +173,11 @@ class ExpertLoadLogger(pl.Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.totals = {name: 0 if rank() else int(total) for name, total in state_dict["totals"].items()}
-        self._layers = state_dict["layers"]
+        # Checkpoints from before these were kept have none.
+        self._layers = state_dict.get("layers", [])
         self._history = {
             tag: list(zip(steps, columns.numpy().copy(), strict=True))
-            for tag, (steps, columns) in state_dict["history"].items()
+            for tag, (steps, columns) in state_dict.get("history", {}).items()
         }
 
     def combined_totals(self) -> dict[str, int]:
