@@ -17,7 +17,7 @@ LEVEL = 0.05
 # More names than these make a sentence unreadable.
 MOST_NAMED = 6
 # The signs behind names and cells.
-NOT_CAUSAL_IN_TRAINING, NOT_CAUSAL_IN_EVALUATION, NOT_QUIET, OTHER_COST = "†", "‡", "§", "¶"
+NOT_CAUSAL_IN_TRAINING, NOT_CAUSAL_IN_EVALUATION, NOT_QUIET, OTHER_COST, OTHER_GRADIENT = "†", "‡", "§", "¶", "‖"
 
 
 @dataclass(frozen=True)
@@ -223,6 +223,8 @@ def footnotes(comparison: Comparison) -> Iterator[str]:
         yield WORDS["notes"]["training"] + f", unless marked {NOT_CAUSAL_IN_EVALUATION}" * (not all(modes)) + "."
     if not all(modes):
         yield WORDS["notes"]["evaluation"]
+    if any(arm.straight_through for arm in arms):
+        yield WORDS["notes"]["gradient"]
     if any(noise.disturbed for noise in machine_noise(arms)):
         yield WORDS["notes"]["noise"]
     if any(costs_more(comparison)):
