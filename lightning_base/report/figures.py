@@ -15,9 +15,8 @@ from lightning_base.report import measures
 from lightning_base.report.answer import against_reference
 from lightning_base.report.drawing import LOOK, Picture, Style, heatmap, legend_columns, panels, render, styles
 from lightning_base.report.fairness import Arm, Comparison, stage_of
-from lightning_base.report.measures import CURVE, by_seed, final_loss, mean, validated
-from lightning_base.report.read import Run
-from lightning_base.report.speed import speed
+from lightning_base.report.measures import CURVE, by_seed, final_loss, mean, speed, validated
+from lightning_base.report.run import Run
 from lightning_base.report.statistics import margin
 from lightning_base.report.words import WORDS
 
@@ -50,7 +49,9 @@ def differences(comparison: Comparison, looks: Sequence[Style]) -> Iterator[Pict
     axes.axvline(0, color="#444444", lw=1)
     for line, contrast in enumerate(found):
         gap, color = contrast.interval, looks[contrast.arm].color
-        axes.plot(gap.values, [line - 0.2 * gap.known] * gap.n, "o", color=color, ms=4.5, alpha=0.6, mec="none")
+        axes.plot(
+            gap.values, [line - 0.2 * gap.known] * len(gap.values), "o", color=color, ms=4.5, alpha=0.6, mec="none"
+        )
         if gap.known:
             axes.plot((gap.low, gap.high), (line, line), color=color, lw=2, solid_capstyle="butt")
             filled = color if contrast.decided else "white"
@@ -210,7 +211,8 @@ def drops_by_position(arms: Sequence[Arm], looks: Sequence[Style]) -> Iterator[P
     for axes, stage, title in zip(grid, ("train_step", "final_pass"), ("training", "evaluation"), strict=True):
         for arm, look in zip(arms, looks, strict=True):
             counts = [layer for run in arm.runs for layer in run.drops.get(stage, {}).values()]
-            asked_N, dropped_N = np.sum(counts, 0) if counts else np.zeros((2, 1))
+            sums = [(layer.demand.sum(0), layer.load.sum(0)) for layer in counts]
+            asked_N, dropped_N = np.sum(sums, 0) if sums else np.zeros((2, 1))
             if dropped_N.any():
                 x, share_N = (np.arange(len(asked_N)) + 0.5) / len(asked_N), dropped_N / np.maximum(asked_N, 1)
                 dropping[arm.label] = axes.plot(100 * x, 100 * share_N, ms=4, **look.of_line)[0]
@@ -227,7 +229,7 @@ def drops_by_position(arms: Sequence[Arm], looks: Sequence[Style]) -> Iterator[P
 def time_bars(arms: Sequence[Arm]) -> Iterator[Picture]:
     """The parts of a training step in milliseconds: a bar per arm."""
     times = {
-        arm.label: [1e3 * (mean(arm, measures.logged(f"train_time/{phase}", 1)) or 0.0) for phase in measures.PHASES]
+        arm.label: [1e3 * (mean(arm, measures.number(f"train_time/{phase}", 1)) or 0.0) for phase in measures.PHASES]
         for arm in arms
     }
     shown = {label: taken for label, taken in times.items() if any(taken)}

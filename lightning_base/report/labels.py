@@ -1,34 +1,34 @@
 """What arms and comparisons are called: by what tells them apart."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lightning_base.report.fairness import Arm, Comparison, execution, is_configured, router_side, shared_setting
+from lightning_base.report.fairness import Arm, Comparison, execution, router_side, setting, shared_setting
+from lightning_base.report.run import flatten
 
 
 def labelled(comparison: Comparison) -> Comparison:
     """With one label per arm, no two alike: the sweep's own, with the router's name, and more where needed."""
-    labels = [shorten(arm) for arm in comparison.arms]
+    arms = comparison.arms
+    labels = [shorten(arm) for arm in arms]
     for describe in (execution, router_side):
-        labels = tell_apart(labels, [describe(arm.first) for arm in comparison.arms])
-    labels = [
-        f"{label} [{arm.first.path.parent.name}/{arm.first.name}]" if labels.count(label) > 1 else label
-        for label, arm in zip(labels, comparison.arms, strict=True)
-    ]
-    arms = (replace(arm, label=label) for label, arm in zip(labels, comparison.arms, strict=True))
-    return replace(comparison, arms=tuple(arms))
+        labels = tell_apart(labels, [describe(arm.first) for arm in arms])
+    folders = [f" [{arm.first.path.parent.name}/{arm.first.path.name}]" for arm in arms]
+    labels = [label + folder * (labels.count(label) > 1) for label, folder in zip(labels, folders, strict=True)]
+    labelled = (replace(arm, label=label) for arm, label in zip(arms, labels, strict=True))
+    return replace(comparison, arms=tuple(labelled))
 
 
 def shorten(arm: Arm) -> str:
     """The label that the sweep gave, without what its table shares: ``switch, capacity_factor=1.0``."""
-    parts = [part.strip() for part in arm.first.label.split(",")]
+    run = arm.first
     # What all arms of a table share is in its title.
-    shared = {"seed", *shared_setting(arm.first)}
-    own = [part for part in parts if part.partition("=")[0] not in shared]
+    shared = {"seed", *shared_setting(run)}
+    own = [part.strip() for part in run.label.split(",") if part.partition("=")[0].strip() not in shared]
     kept = [part.removeprefix("router.").removeprefix("router=").removeprefix("arm=") for part in own]
-    if arm.first.label == arm.first.name or not any(kept):
+    if run.label == run.path.name or not any(kept):
         # Not from a sweep: the folder is named after all overrides, which say little about the arm.
         return router_name(arm)
     return ", ".join(kept if any("=" not in part for part in kept) else [router_name(arm), *kept])
@@ -66,6 +66,24 @@ def comparison_titles(comparisons: Sequence[Comparison]) -> list[str]:
     chosen = [key for key in varying if is_configured(comparisons, key)] or varying
     more = f" and {len(chosen) - 3} more" if len(chosen) > 3 else ""
     return [", ".join(f"{key} = {short(setting.get(key))}" for key in chosen[:3]) + more for setting in settings]
+
+
+def apart(comparison: Comparison, first: Comparison) -> Iterator[str]:
+    """The fields in which a comparison is not the first one, with both values; those that somebody configured first.
+
+    What depends on the seed is compared for the seeds that both have.
+    """
+    pair, shared = (comparison, first), set(comparison.seeds) & set(first.seeds)
+    here, there = ({**setting(one.arms, shared), "seed": list(one.seeds)} for one in pair)
+    for key in sorted({*here, *there}, key=lambda key: (not is_configured(pair, key), key)):
+        if here.get(key) != there.get(key):
+            values = here.get(key), there.get(key)
+            mine, theirs = map(short if short(values[0]) != short(values[1]) else str, values)
+            yield f"{key}: {mine} here, {theirs} in the first table"
+
+
+def is_configured(comparisons: Sequence[Comparison], key: str) -> bool:
+    return any(key in flatten(comparison.arms[0].first.config) for comparison in comparisons)
 
 
 def short(value: Any) -> str:

@@ -2,15 +2,15 @@
 
 from pathlib import Path
 
-import numpy as np
 from hand_made_runs import write_run, write_seeds
 
 from lightning_base.report.document import build
 from lightning_base.report.drawing import ROUTERS, router_color, styles
 from lightning_base.report.fairness import Arm
 from lightning_base.report.figures import pareto_front, pictures, relative
-from lightning_base.report.measures import flops_until
-from lightning_base.report.read import Run, read_job
+from lightning_base.report.measures import cost
+from lightning_base.report.read import read_job
+from lightning_base.report.run import Run
 
 
 def read(path: Path) -> Run:
@@ -39,7 +39,7 @@ def test_arms_of_one_router_differ_in_shade_and_line(tmp_path: Path) -> None:
 def test_flops_are_steps_times_tokens_per_step_times_flops_per_token(tmp_path: Path) -> None:
     run = read(write_run(tmp_path / "run"))
     # 16 tokens a step at 6000 FLOPs.
-    assert flops_until(run, np.array([1, 4])).tolist() == [96_000.0, 384_000.0]
+    assert cost(run, "FLOPs").tolist() == [96_000.0, 192_000.0, 288_000.0, 384_000.0]
 
 
 def test_load_is_relative_to_an_even_share(tmp_path: Path) -> None:
