@@ -17,7 +17,7 @@ from lightning_base.analysis.measure import LEAST, Findings, LayerFindings, busi
 from lightning_base.analysis.tables import percent
 from lightning_base.metrics.specialization import coactivation, specialization
 from lightning_base.report.drawing import LINES, LOOK, Picture, chunks, heatmap, lighten, render, router_color
-from lightning_base.report.run import printable
+from lightning_base.report.read import printable
 
 DOMAINS_SHOWN = 12
 # Above this many experts numbers in the cells of a heat map are too small to read.
@@ -43,10 +43,10 @@ def draw(findings: Findings, router: str) -> list[Picture]:
 
 def grid(layers: Sequence[LayerFindings], width: float, height: float) -> tuple[Figure, list[Axes]]:
     """A figure with a panel per layer, side by side, on one vertical axis."""
-    figure = Figure(figsize=(0.9 + width * len(layers), height), layout="constrained")
+    figure = Figure(figsize=(0.9 + width * len(layers), height))
     panels = figure.subplots(1, len(layers), squeeze=False, sharey=True)[0]
     for axes, layer in zip(panels, layers, strict=True):
-        axes.set_title(layer.name.replace("_", " "), fontsize=10, loc="left")
+        axes.set_title(layer.name.replace("_", " "))
     return figure, list(panels)
 
 
@@ -76,7 +76,7 @@ def domains(findings: Findings) -> Iterator[Picture]:
             axes.axhline(0.5, color="white", lw=3)
             label_experts(axes, experts)
         panels[0].set_yticks(range(len(names)), names)
-        figure.supxlabel("expert", fontsize=11)
+        figure.supxlabel("expert")
         assert image is not None
         figure.colorbar(image, ax=panels, label="share / even share", extend="max")
         caption = (
@@ -101,9 +101,9 @@ def vocabulary(findings: Findings, router: str) -> Iterator[Picture]:
             axes.axvline(layer.even_share, color="#444444", lw=1, ls=":", label="k/E")
             axes.set(xlim=(0, 1.01), ylim=(0, 1.02))
         panels[0].set_ylabel("share of the text")
-        figure.supxlabel("largest share of a token's occurrences at one expert", fontsize=11)
+        figure.supxlabel("largest share of a token's occurrences at one expert")
         handles, names = panels[0].get_legend_handles_labels()
-        figure.legend(handles, names, loc="outside upper center", frameon=False, ncols=3)
+        figure.legend(handles, names, loc="outside upper center", ncols=3)
         caption = (
             "How much of the text consists of tokens that send at least this share of their occurrences to one expert, "
             "max over i of N(i, token)/N(token). At the right end the token alone decides the expert. Shuffled: the "
@@ -141,7 +141,7 @@ def pairs(findings: Findings) -> Iterator[Picture]:
             label_experts(axes, experts)
             axes.set_yticks(*tick_experts(experts))
         panels[0].set_ylabel("expert i")
-        figure.supxlabel("expert j", fontsize=11)
+        figure.supxlabel("expert j")
         assert image is not None
         figure.colorbar(image, ax=panels, label="share / even share", extend="max", shrink=0.8)
         caption = (
@@ -184,7 +184,7 @@ def over_training(findings: Findings, router: str) -> Iterator[Picture]:
 
 def curves(findings: Findings, lines: Sequence[list[tuple[int, float]]], router: str) -> tuple[Figure, Axes]:
     """A line of (step, share) per layer, in shades of the router's colour, the first layer darkest."""
-    figure = Figure(figsize=(5.4, 4.0), layout="constrained")
+    figure = Figure(figsize=(5.4, 4.0))
     axes = figure.subplots()
     color, marker = router_color(router)
     for i, (layer, points) in enumerate(zip(findings.layers, lines, strict=True)):
@@ -199,7 +199,7 @@ def curves(findings: Findings, lines: Sequence[list[tuple[int, float]]], router:
 
 def finish(name: str, title: str, caption: str, figure: Figure) -> Picture:
     """Adds the legend below."""
-    figure.legend(loc="outside lower center", frameon=False, ncols=3)
+    figure.legend(loc="outside lower center", ncols=3)
     return render(name, title, caption, figure)
 
 

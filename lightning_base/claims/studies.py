@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from lightning_base.report.read import read_experiment
-from lightning_base.report.run import LeftOut, Run
+from lightning_base.report.read import LeftOut, Run
 from lightning_base.report.statistics import Interval, interval
+from lightning_base.report.verify import sound_runs
 
 Number = Callable[[Run], float]
 # An arm: its runs by seed.
@@ -41,9 +41,8 @@ class Studies:
         if name not in self._read:
             if not (self.runs / name).is_dir():
                 raise MissingError(f"{name} has not run: make experiment EXPERIMENT={name}")
-            found = read_experiment(self.runs / name)
-            self.left_out += [replace(job, name=f"{name}/{job.name}") for job in found.left_out]
-            self._read[name] = found.runs
+            self._read[name], left_out = sound_runs(self.runs / name)
+            self.left_out += [replace(job, name=f"{name}/{job.name}") for job in left_out]
         return self._read[name]
 
     def arm(self, experiment: str, router: str, where: Callable[[Run], bool] = lambda run: True, **options: Any) -> Arm:

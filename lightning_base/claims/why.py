@@ -10,7 +10,7 @@ from lightning_base.claims.studies import Arm, Number, Studies, difference, fina
 from lightning_base.claims.verdict import Rows, plain, signed
 from lightning_base.program.checkpoint import VerifiedCheckpointIO, checkpoints
 from lightning_base.program.run_directory import read_json
-from lightning_base.report.run import Run
+from lightning_base.report.read import Run
 from lightning_base.report.statistics import holm
 
 SCALES = (1, 3, 10)

@@ -1,13 +1,13 @@
 """What the numbers say, in sentences. Every order of arms in them is computed from paired differences."""
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from lightning_base.report import measures
-from lightning_base.report.fairness import Arm, Comparison, execution, unequal
+from lightning_base.report.fairness import EXECUTED, Arm, Comparison, unequal, varying
 from lightning_base.report.measures import Reader, by_seed, final_loss, machine_noise, mean
-from lightning_base.report.run import Run
+from lightning_base.report.read import Run
 from lightning_base.report.statistics import Interval, holm, interval
 from lightning_base.report.words import WORDS
 
@@ -21,14 +21,13 @@ NOT_CAUSAL_IN_TRAINING, NOT_CAUSAL_IN_EVALUATION, NOT_QUIET, OTHER_COST = "†",
 
 @dataclass(frozen=True)
 class Contrast:
-    """The loss of ``arm`` minus that of ``other``, over the ``seeds`` both have; both are places in the comparison.
+    """The loss of ``arm`` minus that of ``other`` over the seeds both have.
 
     ``p`` is corrected for the contrasts with the same ``other``; nan with one seed.
     """
 
-    arm: int
-    other: int
-    seeds: tuple[int, ...]
+    arm: Arm
+    other: Arm
     interval: Interval
     p: float = math.nan
 
@@ -43,32 +42,25 @@ class Contrast:
         return measures.signed(self.interval.mean) + margin
 
 
-def contrasts(comparison: Comparison, other: int, arms: Iterable[int], read: Reader = final_loss) -> list[Contrast]:
+def contrasts(other: Arm, arms: Sequence[Arm], read: Reader = final_loss) -> dict[Arm, Contrast]:
     """Each of some arms against another; arms that share no seed with it, or look ahead, have none."""
-    losses = [by_seed(arm, read) if arm.causal else {} for arm in comparison.arms]
-    found = []
-    for i in arms:
-        gaps = {seed: loss - losses[other].get(seed, math.nan) for seed, loss in losses[i].items()}
-        finite = {seed: gap for seed, gap in gaps.items() if math.isfinite(gap)}
-        if i != other and finite:
-            found.append(Contrast(i, other, tuple(finite), interval(list(finite.values()))))
-    corrected = iter(holm([contrast.interval.p for contrast in found if contrast.interval.known]))
-    return [replace(one, p=next(corrected)) if one.interval.known else one for one in found]
-
-
-def against_reference(comparison: Comparison, read: Reader = final_loss) -> dict[int, Contrast]:
-    """Every other arm against the reference, by its place."""
-    found = contrasts(comparison, comparison.reference, range(len(comparison.arms)), read)
-    return {contrast.arm: contrast for contrast in found}
+    theirs, found = by_seed(other, read), []
+    for arm in arms:
+        gaps = [loss - theirs[seed] for seed, loss in by_seed(arm, read).items() if seed in theirs]
+        finite = list(filter(math.isfinite, gaps))
+        if finite and arm is not other and arm.causal and other.causal:
+            found.append(Contrast(arm, other, interval(finite)))
+    corrected = holm([contrast.interval.p for contrast in found])
+    return {contrast.arm: replace(contrast, p=p) for contrast, p in zip(found, corrected, strict=True)}
 
 
 def all_contrasts(comparison: Comparison) -> list[Contrast]:
     """Every arm against the reference, and BASE against every arm that it has not been held against by that."""
     arms, reference = comparison.arms, comparison.reference
-    found = list(against_reference(comparison).values())
-    mine = [i for i, arm in enumerate(arms) if arm.router == "BASE"] if arms[reference].router != "BASE" else []
-    for base in mine:
-        found += contrasts(comparison, base, [i for i in range(len(arms)) if i != reference])
+    found = list(contrasts(reference, arms).values())
+    for base in arms if reference.router != "BASE" else ():
+        if base.router == "BASE":
+            found += contrasts(base, [arm for arm in arms if arm is not reference]).values()
     return found
 
 
@@ -85,28 +77,28 @@ def answer(comparison: Comparison) -> Iterator[str]:
         texts = f"are {listed(ranked)} nats per token" if len(ranked) <= MOST_NAMED else "stand in the table"
         yield f"One seed does not support a ranking. The validation losses {texts}; seed=1,2,3 gives intervals."
     for other in dict.fromkeys(contrast.other for contrast in known):
-        mine = [contrast for contrast in known if contrast.other == other]
+        mine = [contrast for contrast in known if contrast.other is other]
         # Arms minus BASE, turned round: where BASE stands.
-        start, words = f"{arms[other].label} is", ("beaten by", "better than", "within the noise of")
-        if other == comparison.reference:
-            numbers = sorted({len(contrast.seeds) for contrast in mine})
+        start, words = f"{other.label} is", ("beaten by", "better than", "within the noise of")
+        if other is comparison.reference:
+            numbers = sorted({len(contrast.interval.values) for contrast in mine})
             seeds = " to ".join(map(str, dict.fromkeys((numbers[0], numbers[-1]))))
-            where = f"{arms[other].label} ({mean(arms[other], final_loss):.4f} nats per token, {seeds} paired seeds)"
+            where = f"{other.label} ({mean(other, final_loss):.4f} nats per token, {seeds} paired seeds)"
             start = f"Against {where}, the validation loss is"
             words = ("lower with", "higher with", "within the noise with")
-        single = [arms[c.arm].label for c in found if c.other == other and not c.interval.known]
+        single = [c.arm.label for c in found if c.other is other and not c.interval.known]
         left = f" Not ranked, with one seed in common: {listed(single)}." if single else ""
-        yield f"{start} {placed(mine, arms, words)}.{left}"
+        yield f"{start} {placed(mine, words)}.{left}"
 
 
-def placed(found: Sequence[Contrast], arms: Sequence[Arm], words: tuple[str, str, str]) -> str:
+def placed(found: Sequence[Contrast], words: tuple[str, str, str]) -> str:
     """The arms below, above and not told apart from another, with their differences, the largest first."""
     parts = []
     for sign, word in zip((-1, 1, 0), words, strict=True):
         group = sorted((c for c in found if c.decided == sign), key=lambda c: -abs(c.interval.mean))
         # Of many, and of those not told apart, labels alone: the figure has the numbers.
         numbers = sign and len(group) <= MOST_NAMED
-        names = [arms[c.arm].label + (f" ({c.text})" if numbers else "") for c in group]
+        names = [c.arm.label + (f" ({c.text})" if numbers else "") for c in group]
         parts += [f"{word} {listed(names)}"] * bool(names)
     return listed(parts)
 
@@ -117,15 +109,15 @@ def cautions(comparison: Comparison) -> list[str]:
     runs = [(f"{arm.label}, seed {run.seed}", run) for arm in arms for run in arm.runs]
     ahead = [f"{arm.label} ({mean(arm, final_loss):.4f})" for arm in arms if not arm.causal]
     lacking = {arm.label: [str(seed) for seed in comparison.seeds if seed not in arm.seeds] for arm in arms}
-    ways = {arm.label: execution(arm.first) for arm in arms}
-    keys = sorted({key for way in ways.values() for key in way if any(way[key] != o.get(key) for o in ways.values())})
+    ways = {arm.label: arm.first.chosen(EXECUTED) for arm in arms}
+    keys = varying(list(ways.values()))
     noisy = [
         f"{arm.label} ({noise.slower:.2f} times as long, quartiles {100 * noise.spread:.0f} % of it apart)"
-        for arm, noise in zip(arms, machine_noise(arms), strict=True)
+        for arm, noise in machine_noise(arms).items()
         if noise.disturbed
     ]
     entropy = mean(arms[0], measures.unigram_entropy)
-    above = [a.label for a in arms if (gap := mean(a, measures.under_unigram)) is not None and gap <= 0]
+    above = [arm.label for arm in arms if mean(arm, measures.under_unigram) <= 0]
     found = {
         "ahead": listed(ahead) if len(ahead) < len(arms) else "",
         "seeds": "; ".join(f"{label} lacks {listed(seeds)}" for label, seeds in lacking.items() if seeds),
@@ -195,15 +187,10 @@ def footnotes(comparison: Comparison) -> list[str]:
         "several": len(comparison.seeds) > 1,
         "training": not all(arm.causal_in(None) for arm in arms),
         "evaluation": not all(ways),
-        "noise": any(noise.disturbed for noise in machine_noise(arms)),
-        "cost": any(costs_more(comparison)),
+        "noise": any(noise.disturbed for noise in machine_noise(arms).values()),
+        "cost": any(unequal((arm, comparison.reference), "flops_per_token") for arm in arms),
     }
     return [WORDS["notes"][name].format(unless=unless) for name, found in occur.items() if found]
-
-
-def costs_more(comparison: Comparison) -> list[bool]:
-    reference = comparison.arms[comparison.reference]
-    return [unequal((arm, reference), "flops_per_token") for arm in comparison.arms]
 
 
 def listed(items: Sequence[str]) -> str:

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 from lightning_base.report.answer import answer, cautions, footnotes, listed
 from lightning_base.report.fairness import BY_SEED, Comparison, compare
 from lightning_base.report.labels import apart, comparison_titles, labelled, short
-from lightning_base.report.read import ReportError, read_experiment
-from lightning_base.report.run import LeftOut
+from lightning_base.report.read import LeftOut, ReportError
 from lightning_base.report.tables import Table, tables
+from lightning_base.report.verify import sound_runs
 from lightning_base.report.words import WORDS
 
 if TYPE_CHECKING:  # matplotlib takes a moment
@@ -56,12 +56,12 @@ def build(*directories: Path) -> Document:
     Raises:
         ReportError: a directory is not there, or no run in it is finished and sound.
     """
-    experiment = read_experiment(*directories)
-    if not experiment.runs:
-        states = [f"{job.label} is {job.state} ({job.reason})" for job in experiment.left_out]
+    runs, left_out = sound_runs(*directories)
+    if not runs:
+        states = [f"{job.label} is {job.state} ({job.reason})" for job in left_out]
         where = " and ".join(map(str, directories))
         raise ReportError(f"{where} holds no finished run that could be reported: {'; '.join(states)}")
-    comparisons = [labelled(comparison) for comparison in compare(experiment.runs)]
+    comparisons = [labelled(comparison) for comparison in compare(runs)]
     said: set[str] = set()
 
     def new(text: str) -> bool:
@@ -88,7 +88,7 @@ def build(*directories: Path) -> Document:
         )
         for i, (title, comparison) in enumerate(zip(comparison_titles(comparisons), comparisons, strict=True), 1)
     ]
-    return Document(experiment.name, sections, experiment.left_out)
+    return Document(" + ".join(directory.resolve().name for directory in directories), sections, left_out)
 
 
 def made_with(comparison: Comparison) -> dict[str, str]:

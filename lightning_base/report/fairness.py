@@ -11,12 +11,14 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from lightning_base.program.run_directory import EXECUTION, under
-from lightning_base.report.run import Run, flatten
+from lightning_base.report.read import Run, flatten
 
 # Of the manifest, what has to agree beside the configuration: the last are the checkpoint that a run started from, and
 # what the configuration file of a model of transformers said.
 COUNTED = ("steps", "sequences", "tokens")
 SHARED = ("corpus_fingerprint", *COUNTED, "git_commit", "python", "packages", "started_from", "architecture")
+# What changes the speed of a run and not its numbers.
+EXECUTED = (*EXECUTION, "world_size", "device")
 # The router's own side of a run: what a comparison is about.
 ROUTER = (
     "router",
@@ -45,7 +47,7 @@ THREADS = re.compile(r", \d+ threads?$")
 Item = TypeVar("Item")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Arm:
     """One router with its options: a run per seed, in the order of the seeds, and what tells it from other arms."""
 
@@ -98,26 +100,26 @@ class Comparison:
         return tuple(self.setting["seed"])
 
     @property
-    def reference(self) -> int:
+    def reference(self) -> Arm:
         """The arm that others are held against: the one with one expert, or else the first that may be ranked."""
-        ranked = [i for i, arm in enumerate(self.arms) if arm.causal]
-        return next((i for i in ranked if not self.arms[i].sparse), ranked[0] if ranked else 0)
+        ranked = [arm for arm in self.arms if arm.causal] or self.arms
+        return next((arm for arm in ranked if not arm.sparse), ranked[0])
 
 
 def compare(runs: list[Run]) -> list[Comparison]:
     """Groups runs into comparisons: the one with the most arms first, then in the order of the runs."""
-    sides = {run.path: (shared_setting(run), router_side(run), execution(run)) for run in runs}
+    sides = {run: (shared_setting(run), run.chosen(ROUTER), run.chosen(EXECUTED)) for run in runs}
 
     def repeats(run: Run, arm: list[Run]) -> bool:
         # The same arm with the same seed twice is shown as an arm of its own.
-        return sides[run.path] == sides[arm[0].path] and run.seed not in [other.seed for other in arm]
+        return sides[run] == sides[arm[0]] and run.seed not in [other.seed for other in arm]
 
     arms = [Arm(tuple(sorted(found, key=lambda run: run.seed))) for found in gather(runs, repeats)]
-    place = {id(arm): i for i, arm in enumerate(arms)}
+    place = {arm: i for i, arm in enumerate(arms)}
     # Those with most seeds first, so that a table has a seed in common wherever there is one.
     groups = gather(sorted(arms, key=lambda arm: -len(arm.runs)), belongs)
-    ordered = [sorted(group, key=lambda arm: place[id(arm)]) for group in groups]
-    ordered.sort(key=lambda group: (-len(group), place[id(group[0])]))
+    ordered = [sorted(group, key=lambda arm: place[arm]) for group in groups]
+    ordered.sort(key=lambda group: (-len(group), place[group[0]]))
     return [Comparison(tuple(group), setting(group)) for group in ordered]
 
 
@@ -150,22 +152,13 @@ def shared_setting(run: Run) -> dict[str, Any]:
     ours = tuple(f"callbacks.{name}" for name, node in callbacks if str(node.get("_target_")).startswith(CALLBACKS))
     other = (*ROUTER, *NAMING, *EXECUTION, *ours, "seed")
     configured = {key: run.fields[key] for key in flatten(run.config) if not under(key, other)}
-    return {**chosen(run, SHARED), "device": THREADS.sub("", run.manifest["device"]), **configured}
+    return {**run.chosen(SHARED), "device": THREADS.sub("", run.manifest["device"]), **configured}
 
 
-def router_side(run: Run) -> dict[str, Any]:
-    """The router's options and the coefficients of its losses: what may differ between arms."""
-    return chosen(run, ROUTER)
-
-
-def execution(run: Run) -> dict[str, Any]:
-    """What changes the speed of a run and not its numbers."""
-    return chosen(run, (*EXECUTION, "world_size", "device"))
-
-
-def chosen(run: Run, names: tuple[str, ...]) -> dict[str, Any]:
-    """The fields of a run under some names."""
-    return {key: value for key, value in run.fields.items() if under(key, names)}
+def varying(described: Sequence[dict[str, Any]]) -> list[str]:
+    """The keys with values that are not the same in all of these, in order."""
+    keys = sorted({key for each in described for key in each})
+    return [key for key in keys if any(each.get(key) != described[0].get(key) for each in described)]
 
 
 def stage_of(arm: Arm, mode: str) -> str:

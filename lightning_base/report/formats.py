@@ -14,7 +14,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from markupsafe import escape as escape_html
 
-from lightning_base.report.run import printable
+from lightning_base.report.read import printable
 from lightning_base.report.tables import Strong, Table
 from lightning_base.report.words import TEMPLATES
 

@@ -5,16 +5,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lightning_base.report.fairness import Arm, Comparison, execution, router_side, setting, shared_setting
-from lightning_base.report.run import flatten
+from lightning_base.report.fairness import EXECUTED, ROUTER, Arm, Comparison, setting, shared_setting, varying
+from lightning_base.report.read import flatten
 
 
 def labelled(comparison: Comparison) -> Comparison:
     """With one label per arm, no two alike: the sweep's own, with the router's name, and more where needed."""
     arms = comparison.arms
     labels = [shorten(arm) for arm in arms]
-    for describe in (execution, router_side):
-        labels = tell_apart(labels, [describe(arm.first) for arm in arms])
+    for names in (EXECUTED, ROUTER):
+        labels = tell_apart(labels, [arm.first.chosen(names) for arm in arms])
     folders = [f" [{arm.first.path.parent.name}/{arm.first.path.name}]" for arm in arms]
     labels = [label + folder * (labels.count(label) > 1) for label, folder in zip(labels, folders, strict=True)]
     labelled = (replace(arm, label=label) for arm, label in zip(arms, labels, strict=True))
@@ -52,8 +52,7 @@ def tell_apart(labels: list[str], descriptions: list[dict[str, Any]]) -> list[st
     found = []
     for label, mine in zip(labels, descriptions, strict=True):
         same = [d for name, d in zip(labels, descriptions, strict=True) if name.lower() == label.lower()]
-        differing = sorted(key for key in mine if any(other.get(key) != mine[key] for other in same))
-        extra = ", ".join(f"{key.rpartition('.')[2]}={mine[key]}" for key in differing)
+        extra = ", ".join(f"{key.rpartition('.')[2]}={mine[key]}" for key in varying(same) if key in mine)
         found.append(f"{label} ({extra})" if extra else label)
     return found
 
@@ -61,9 +60,8 @@ def tell_apart(labels: list[str], descriptions: list[dict[str, Any]]) -> list[st
 def comparison_titles(comparisons: Sequence[Comparison]) -> list[str]:
     """What is particular to each comparison: the configured keys that vary, or else the other fields that do."""
     settings = [comparison.setting for comparison in comparisons]
-    keys = sorted({key for setting in settings for key in setting})
-    varying = [key for key in keys if len({repr(setting.get(key)) for setting in settings}) > 1]
-    chosen = [key for key in varying if is_configured(comparisons, key)] or varying
+    keys = varying(settings)
+    chosen = [key for key in keys if is_configured(comparisons, key)] or keys
     more = f" and {len(chosen) - 3} more" if len(chosen) > 3 else ""
     return [", ".join(f"{key} = {short(setting.get(key))}" for key in chosen[:3]) + more for setting in settings]
 
@@ -75,11 +73,10 @@ def apart(comparison: Comparison, first: Comparison) -> Iterator[str]:
     """
     pair, shared = (comparison, first), set(comparison.seeds) & set(first.seeds)
     here, there = ({**setting(one.arms, shared), "seed": list(one.seeds)} for one in pair)
-    for key in sorted({*here, *there}, key=lambda key: (not is_configured(pair, key), key)):
-        if here.get(key) != there.get(key):
-            values = here.get(key), there.get(key)
-            mine, theirs = map(short if short(values[0]) != short(values[1]) else str, values)
-            yield f"{key}: {mine} here, {theirs} in the first table"
+    for key in sorted(varying((here, there)), key=lambda key: not is_configured(pair, key)):
+        values = here.get(key), there.get(key)
+        mine, theirs = map(short if short(values[0]) != short(values[1]) else str, values)
+        yield f"{key}: {mine} here, {theirs} in the first table"
 
 
 def is_configured(comparisons: Sequence[Comparison], key: str) -> bool:

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lightning_base.report.fairness import Arm, execution
-from lightning_base.report.run import Run
+from lightning_base.report.fairness import EXECUTED, Arm
+from lightning_base.report.read import Run
 from lightning_base.report.statistics import margin
 
 DASH = "–"
@@ -37,10 +37,10 @@ def by_seed(arm: Arm, read: Reader) -> dict[int, float]:
     return {run.seed: value for run in arm.runs if (value := read(run)) is not None}
 
 
-def mean(arm: Arm, read: Reader) -> float | None:
-    """The mean over seeds, or None if no run has the number."""
+def mean(arm: Arm, read: Reader) -> float:
+    """The mean over seeds, nan if no run has the number."""
     found = list(by_seed(arm, read).values())
-    return float(np.mean(found)) if found else None
+    return float(np.mean(found)) if found else math.nan
 
 
 def cell(arm: Arm, read: Reader, form: Form) -> str:
@@ -152,23 +152,20 @@ class Noise(NamedTuple):
     scaled: float | None = None
 
 
-def machine_noise(arms: Sequence[Arm]) -> list[Noise]:
+def machine_noise(arms: Sequence[Arm]) -> dict[Arm, Noise]:
     """The noise beside each arm, none where nothing was timed; arms that ran in other ways are held apart."""
-    timed = [(arm, [time for run in arm.runs for time in run.values("machine/reference_ms")]) for arm in arms]
-    return [
-        noise(arm, mine, [t for a, t in timed if t and execution(a.first) == execution(arm.first)])
-        for arm, mine in timed
-    ]
-
-
-def noise(arm: Arm, mine: list[float], alike: list[list[float]]) -> Noise:
-    if not mine:
-        return Noise()
-    (low, middle, high), quiet = (np.quantile(times, QUARTILES) for times in (mine, min(alike, key=np.median)))
-    slower, spread, least = middle / quiet[1], (high - low) / middle, (quiet[2] - quiet[0]) / quiet[1]
-    disturbed = bool(slower > 1 + TOLERANCE or spread > least + TOLERANCE)
-    pace = quartiles(arm.runs) if disturbed and len(mine) >= ENOUGH else []
-    return Noise(float(slower), float(spread), disturbed, pace[1] * slower if pace else None)
+    timed = {arm: [time for run in arm.runs for time in run.values("machine/reference_ms")] for arm in arms}
+    found = dict.fromkeys(arms, Noise())
+    for arm, mine in timed.items():
+        way = arm.first.chosen(EXECUTED)
+        alike = [times for other, times in timed.items() if times and other.first.chosen(EXECUTED) == way]
+        if mine:
+            (low, middle, high), quiet = (np.quantile(x, QUARTILES) for x in (mine, min(alike, key=np.median)))
+            slower, spread, least = middle / quiet[1], (high - low) / middle, (quiet[2] - quiet[0]) / quiet[1]
+            disturbed = bool(slower > 1 + TOLERANCE or spread > least + TOLERANCE)
+            pace = quartiles(arm.runs) if disturbed and len(mine) >= ENOUGH else []
+            found[arm] = Noise(slower, spread, disturbed, pace[1] * slower if pace else None)
+    return found
 
 
 def side_by_side(arms: Sequence[Arm]) -> list[Arm]:

@@ -1,20 +1,19 @@
-"""Reads run directories: what every job of an experiment left behind.
+"""Reads run directories: what a job has left behind.
 
-Shapes: S recorded steps, E experts or bins, R rows.
+Shapes: S recorded steps, E experts, N bins, R rows.
 """
 
 import csv
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import yaml
 
-from lightning_base.program.run_directory import RunDirectory, read_json
-from lightning_base.report.run import Counts, Layers, LeftOut, Run, Series, printable
-from lightning_base.report.verify import problems
+from lightning_base.program.run_directory import RunDirectory, read_json, under
 
 
 class ReportError(Exception):
@@ -22,56 +21,88 @@ class ReportError(Exception):
 
 
 @dataclass(frozen=True)
-class Experiment:
-    """The sound runs of one or several directories, in the order of their sweeps, and what else is there."""
+class Series:
+    """One scalar over a run: ``steps`` [S], ``seconds`` of training until then [S], ``values`` [S]."""
+
+    steps: np.ndarray
+    seconds: np.ndarray
+    values: np.ndarray
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Assignments of one layer by expert: ``steps`` [S], ``demand`` and ``load`` [S, E].
+
+    By place in the routing group they are those asked for and those dropped, [S, N].
+    """
+
+    steps: np.ndarray
+    demand: np.ndarray
+    load: np.ndarray
+
+
+# By stage and layer.
+Layers = dict[str, dict[str, Counts]]
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """One finished job: its manifest, its configuration, its scalars by name, its counts by stage and layer.
+
+    ``drops`` are counts by place in the routing group.
+    """
+
+    path: Path
+    label: str
+    status: dict[str, Any]
+    manifest: dict[str, Any]
+    config: dict[str, Any]
+    overrides: list[str]
+    series: dict[str, Series]
+    counts: Layers
+    drops: Layers
+
+    @property
+    def ledger(self) -> dict[str, Any]:
+        return self.manifest["ledger"]
+
+    @property
+    def seed(self) -> int:
+        return int(self.manifest["seed"])
+
+    @cached_property
+    def fields(self) -> dict[str, Any]:
+        """The configuration and the manifest by dotted key, the configuration without one in front."""
+        return flatten(self.config) | flatten({k: v for k, v in self.manifest.items() if k != "config"})
+
+    def chosen(self, names: tuple[str, ...]) -> dict[str, Any]:
+        """The fields under some names."""
+        return {key: value for key, value in self.fields.items() if under(key, names)}
+
+    def values(self, name: str) -> list[float]:
+        """All of a scalar, [] if it was never written."""
+        return list(map(float, self.series[name].values)) if name in self.series else []
+
+    def last(self, name: str) -> float | None:
+        return self.values(name)[-1] if name in self.series else None
+
+    def number(self, name: str, after: int = 0) -> float | None:
+        """The mean of a scalar over its steps, or those ``after`` some if there are more; or a field; or None."""
+        if values := self.values(name):
+            return float(np.mean(values[after:] or values))
+        value = self.fields.get(name)
+        return None if value is None else float(value)
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A job that is in no table: its state, and why."""
 
     name: str
-    runs: list[Run] = field(default_factory=list)
-    left_out: list[LeftOut] = field(default_factory=list)
-
-
-def read_experiment(*directories: Path) -> Experiment:
-    """Reads experiments, or directories of single jobs.
-
-    Runs whose files contradict each other are among what is left out, and a directory without a job.
-
-    Raises:
-        ReportError: one of them is not there.
-    """
-    found = Experiment(" + ".join(directory.resolve().name for directory in directories))
-    for directory in dict.fromkeys(directories):
-        if not directory.is_dir():
-            raise ReportError(f"{directory} is not a directory: give one that runs have been written to")
-        jobs = list_jobs(directory, found.left_out)
-        for path, label in jobs.items():
-            job = read_job(path, label)
-            if isinstance(job, Run) and (wrong := problems(job)):
-                job = LeftOut(path.name, label, "refused", "; ".join(wrong))
-            found.runs.append(job) if isinstance(job, Run) else found.left_out.append(job)
-        if not jobs:
-            deeper = sorted({path.parent.parent.name for path in directory.glob("*/*/status.json")})
-            hint = f"its folders {', '.join(deeper[:8])} do" if deeper else "runs are folders with a status.json"
-            found.left_out.append(LeftOut(directory.name, str(directory), "empty", f"it holds no run; {hint}"))
-    return found
-
-
-def list_jobs(directory: Path, left_out: list[LeftOut]) -> dict[Path, str]:
-    """The jobs of an experiment with their labels: those of its sweep in order, then any others by name."""
-    if (directory / "status.json").exists():
-        return {directory: directory.resolve().name}
-    labels: dict[str, str] = {}
-    try:
-        # A name in sweep.json is a folder right here, whatever a hand may have written into the file.
-        sweep = read_json(directory / "sweep.json")
-        jobs = {**sweep.get("earlier", {}), **sweep.get("jobs", {})}
-        labels = {Path(str(name)).name: printable(str(label)) for name, label in jobs.items()}
-    except (ValueError, TypeError, OSError) as error:
-        left_out.append(LeftOut("sweep.json", "sweep.json", "unreadable", f"runs have the names of folders: {error}"))
-    for path in sorted(directory.glob("[!.]*/")):
-        # A job that was killed before it could say anything has its configuration.
-        if any((path / name).exists() for name in ("status.json", "manifest.json", ".hydra/config.yaml")):
-            labels.setdefault(path.name, path.name)
-    return {directory / name: label for name, label in labels.items()}
+    label: str
+    state: str
+    reason: str
+    details: str = ""
 
 
 WHY = {
@@ -163,3 +194,20 @@ def grouped(path: Path, columns: str, *names: str) -> dict[tuple[str, ...], np.n
         cells = dict(zip(heading, row, strict=True))
         found.setdefault(tuple(cells.pop(name) for name in names), []).append(list(map(float, cells.values())))
     return {key: np.array(numbers) for key, numbers in found.items()}
+
+
+def flatten(node: Any, prefix: str = "") -> dict[str, Any]:
+    """A nested configuration as dotted keys with plain values; an empty mapping leaves no key.
+
+    >>> flatten({"trainer": {"devices": 1}, "seed": 3})
+    {'trainer.devices': 1, 'seed': 3}
+    """
+    if not isinstance(node, dict):
+        return {prefix: node}
+    dotted = f"{prefix}." if prefix else ""
+    return {name: leaf for key, value in node.items() for name, leaf in flatten(value, f"{dotted}{key}").items()}
+
+
+def printable(text: str) -> str:
+    """Without control characters: what a file holds must not move a terminal's cursor, and no font can draw them."""
+    return "".join(c for c in text if c.isprintable() or c == "\n")

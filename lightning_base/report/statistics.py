@@ -72,8 +72,10 @@ def margin(values: Sequence[float]) -> float:
 def holm(p_values: Sequence[float]) -> list[float]:
     """p values corrected for how many there are, in the order given (Holm 1979, A simple sequentially rejective ...).
 
-    The smallest is multiplied by their number m, the next by m - 1, and so on; none is smaller than the one before.
+    The smallest is multiplied by their number m, the next by m - 1, and so on; none is smaller than the one before. A
+    nan stays and is not counted.
     """
     found, order = np.array(p_values), np.argsort(p_values)
-    found[order] = np.maximum.accumulate(np.minimum(found[order] * np.arange(len(found), 0, -1), 1))
+    factors = np.isfinite(found).sum() - np.arange(len(found))
+    found[order] = np.maximum.accumulate(np.minimum(found[order] * factors, 1))
     return list(map(float, found))

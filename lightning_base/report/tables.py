@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from lightning_base.report import answer, measures
-from lightning_base.report.fairness import Arm, Comparison, stage_of
+from lightning_base.report.fairness import Arm, Comparison, stage_of, unequal
 from lightning_base.report.measures import DASH, FOUR, THREE, TWO, Measure, cell, machine_noise, number, percent
 from lightning_base.report.statistics import interval
 from lightning_base.report.words import WORDS
@@ -23,6 +23,9 @@ class Column:
     heading: str
     group: str = ""
     words: bool = False
+
+
+ARM = Column("arm")
 
 
 @dataclass(frozen=True)
@@ -94,79 +97,83 @@ def difference(contrast: answer.Contrast | None, flag: str = "") -> str:
     return Strong(text) if contrast and contrast.decided else text
 
 
+def short_table(comparison: Comparison) -> Table:
+    """The few numbers to look at first: one row per arm."""
+    arms, seeds, noise = comparison.arms, len(comparison.seeds), machine_noise(comparison.arms)
+    reference = comparison.reference
+    gaps, against = answer.contrasts(reference, arms), f"against {reference.label}"
+    losses = [[x for x in measures.by_seed(arm, measures.final_loss).values() if math.isfinite(x)] for arm in arms]
+    dear = [answer.OTHER_COST * unequal((arm, reference), "flops_per_token") for arm in arms]
+    cells = {
+        ARM: [marked(arm) + sign for arm, sign in zip(arms, dear, strict=True)],
+        Column("seeds"): [f"{len(arm.runs)}" + f" of {seeds}" * (len(arm.runs) < seeds) for arm in arms],
+        Column("validation loss"): list(map(measures.LOSS.cell, arms)),
+        Column("difference", against): [difference(gaps.get(arm)) for arm in arms],
+        Column("p", against): [
+            f"{gaps[arm].p:.3f}" if arm in gaps and gaps[arm].interval.known else DASH for arm in arms
+        ],
+        Column("between seeds"): [f"{interval(some).spread:.4f}" if len(some) > 1 else DASH for some in losses],
+        Column("bits per byte"): list(map(measures.BITS.cell, arms)),
+        Column("tokens/s"): [speed_cell(arm) + answer.NOT_QUIET * noise[arm].disturbed for arm in arms],
+        Column("scaled tokens/s"): [f"{pace:,.0f}" if (pace := noise[arm].scaled) else "" for arm in arms],
+        **{Column(measure.heading, measure.group): list(map(measure.cell, arms)) for measure in measures.ROUTED},
+    }
+    hidden = ["difference"] * (len(arms) == 1) + ["seeds", "p", "between seeds"] * (seeds == 1)
+    return by_column("The arms", {c: v for c, v in cells.items() if c.heading not in hidden}, figures=("difference",))
+
+
 def speed_cell(arm: Arm) -> str:
     """The median of all windows of all seeds, with quartiles where they are apart."""
     low, middle, high = [f"{pace:,.0f}" for pace in measures.quartiles(arm.runs)] or [DASH] * 3
     return middle if low == high else f"{middle} ({low} to {high})"
 
 
-def short_table(comparison: Comparison) -> Table:
-    """The few numbers to look at first: one row per arm."""
-    arms, seeds, noises = comparison.arms, len(comparison.seeds), machine_noise(comparison.arms)
-    found, against = answer.against_reference(comparison), f"against {arms[comparison.reference].label}"
-    gaps = [found.get(i) for i in range(len(arms))]
-    losses = [[x for x in measures.by_seed(arm, measures.final_loss).values() if math.isfinite(x)] for arm in arms]
-    dear, flags = [answer.OTHER_COST * more for more in answer.costs_more(comparison)], quiet_flags(arms)
-    cells = {
-        Column("arm"): [marked(arm) + sign for arm, sign in zip(arms, dear, strict=True)],
-        Column("seeds"): [f"{len(arm.runs)}" + f" of {seeds}" * (len(arm.runs) < seeds) for arm in arms],
-        Column("validation loss"): [measures.LOSS.cell(arm) for arm in arms],
-        Column("difference", against): [difference(gap) for gap in gaps],
-        Column("p", against): [f"{gap.p:.3f}" if gap and gap.interval.known else DASH for gap in gaps],
-        Column("between seeds"): [f"{interval(some).spread:.4f}" if len(some) > 1 else DASH for some in losses],
-        Column("bits per byte"): [measures.BITS.cell(arm) for arm in arms],
-        Column("tokens/s"): [speed_cell(arm) + flag for arm, flag in zip(arms, flags, strict=True)],
-        Column("scaled tokens/s"): ["" if noise.scaled is None else f"{noise.scaled:,.0f}" for noise in noises],
-        **{Column(measure.heading, measure.group): [measure.cell(arm) for arm in arms] for measure in measures.ROUTED},
-    }
-    hidden = ["difference"] * (len(arms) == 1) + ["seeds", "p", "between seeds"] * (seeds == 1)
-    return by_column("The arms", {c: v for c, v in cells.items() if c.heading not in hidden}, figures=("difference",))
-
-
-def quiet_flags(arms: Sequence[Arm]) -> list[str]:
-    """The sign of a machine that was not quiet, or nothing, for each arm."""
-    return [answer.NOT_QUIET * noise.disturbed for noise in machine_noise(arms)]
-
-
 def contrast_table(comparison: Comparison) -> Table:
     """Every paired difference with both of its intervals; nothing for one seed."""
-    rows, arms = [], comparison.arms
+    rows = []
     for contrast in answer.all_contrasts(comparison):
         gap = contrast.interval
         if gap.known:
             intervals = [" to ".join(map(measures.signed, ends)) for ends in ((gap.low, gap.high), gap.bootstrap())]
-            row = [marked(arms[contrast.arm]), arms[contrast.other].label, difference(contrast), *intervals]
-            better = sum(value < 0 for value in gap.values)
-            rows.append([*row, f"{contrast.p:.4f}", f"{better} of {len(gap.values)}"])
-    columns = [Column("arm"), Column("held against", words=True)]
+            better = f"{sum(value < 0 for value in gap.values)} of {len(gap.values)}"
+            row = [marked(contrast.arm), contrast.other.label, difference(contrast), *intervals]
+            rows.append([*row, f"{contrast.p:.4f}", better])
+    columns = [ARM, Column("held against", words=True)]
     columns += [Column(name) for name in ("difference", "t interval", "bootstrap", "p", "better in")]
     return Table("Paired differences: t and bootstrap intervals", columns, rows, WORDS["leads"]["contrasts"])
 
 
 def equal_cost_table(comparison: Comparison) -> Table:
     """The validation loss after equal steps, FLOPs and time, and the time to a loss that all reach."""
-    title, arms = "Quality at equal steps, FLOPs and time; learning curves", comparison.arms
+    title, arms, reference = (
+        "Quality at equal steps, FLOPs and time; learning curves",
+        comparison.arms,
+        comparison.reference,
+    )
     runs, ranked = measures.validated(arms), measures.validated([a for a in arms if a.causal] or arms)
     if not ranked:
         return Table(title, [], [])
     # What the run that spent least had spent at its last validation; the lowest loss that every run has reached.
     budgets = {name: min(float(measures.cost(run, name)[-1]) for run in runs) for name in measures.COSTS}
     target = max(run.values(measures.CURVE)[-1] for run in ranked)
-    against, flags = f"difference to {arms[comparison.reference].label}", quiet_flags(arms)
-    cells, gaps = {Column("arm"): [marked(arm) for arm in arms]}, {}
+    signs = {arm: answer.NOT_QUIET * noise.disturbed for arm, noise in machine_noise(arms).items()}
+    losses, gaps = {}, {}
     for name, spent in budgets.items():
-        read, marks = measures.loss_at(name, spent), flags if name == "time" else [""] * len(arms)
-        found = answer.against_reference(comparison, read)
-        losses = [cell(arm, read, FOUR) + mark for arm, mark in zip(arms, marks, strict=True)]
-        cells[Column(name, "validation loss at equal")] = losses
-        gaps[Column(name, against)] = [difference(found.get(i), mark) for i, mark in enumerate(marks)]
-    seconds = [cell(arm, measures.seconds_to(target), TWO) + flag for arm, flag in zip(arms, flags, strict=True)]
-    cells |= (gaps if len(arms) > 1 else {}) | {Column("seconds to loss"): seconds}
+        read, sign = measures.loss_at(name, spent), signs if name == "time" else dict.fromkeys(arms, "")
+        found = answer.contrasts(reference, arms, read)
+        losses[Column(name, "validation loss at equal")] = [cell(arm, read, FOUR) + sign[arm] for arm in arms]
+        gaps[Column(name, f"difference to {reference.label}")] = [difference(found.get(a), sign[a]) for a in arms]
+    seconds = [cell(arm, measures.seconds_to(target), TWO) + signs[arm] for arm in arms]
+    cells = {
+        ARM: list(map(marked, arms)),
+        **losses,
+        **(gaps if len(arms) > 1 else {}),
+        Column("seconds to loss"): seconds,
+    }
     part = arms[0].first.fields.get("data.validation_sequences")
     sampled = ", over a sample of the text, so that it ends beside the final loss" if part else ""
-    flops = measures.short_count(budgets["FLOPs"])
-    lead = WORDS["leads"]["equal_cost"].format(**{**budgets, "FLOPs": flops}, sampled=sampled, target=target)
-    return by_column(title, cells, lead, ("loss_",))
+    said = {**budgets, "FLOPs": measures.short_count(budgets["FLOPs"]), "sampled": sampled, "target": target}
+    return by_column(title, cells, WORDS["leads"]["equal_cost"].format(**said), ("loss_",))
 
 
 def measure_table(
@@ -174,11 +181,9 @@ def measure_table(
 ) -> Table:
     """A row per arm and a column per measure; measures that no arm has are left out, and arms that have none."""
     having = [arm for arm in arms if any(measure.cell(arm) != DASH for measure in shown)]
-    cells = {Column("arm"): [marked(arm) for arm in having]}
-    for measure in shown:
-        found = [measure.cell(arm) for arm in having]
-        cells[Column(measure.heading, measure.group)] = found if set(found) != {DASH} else []
-    return by_column(title, cells, lead, figures)
+    cells = {Column(measure.heading, measure.group): list(map(measure.cell, having)) for measure in shown}
+    measured = {column: found for column, found in cells.items() if set(found) != {DASH}}
+    return by_column(title, {ARM: list(map(marked, having)), **measured}, lead, figures)
 
 
 TRAINING = {"train_group": "training, one routing group", "train_step": "training, one step"}
@@ -187,7 +192,7 @@ SIDES = {"demand": "Demand: what the router asked for", "load": "Load: what was 
 
 def balance_table(comparison: Comparison) -> Table:
     """How evenly experts were asked and used: a row per arm and place of measurement."""
-    columns = [Column("arm"), Column("measured over", words=True)]
+    columns = [ARM, Column("measured over", words=True)]
     columns += [Column(name, heading) for heading in SIDES.values() for name in ("max_vio", "load_cv")]
     rows = []
     for arm in comparison.arms:
@@ -205,7 +210,7 @@ def balance_table(comparison: Comparison) -> Table:
 
 def gap_table(arms: Sequence[Arm]) -> Table:
     """A row per arm and way of routing in evaluation, for arms that have several."""
-    columns = [Column("arm"), Column("evaluation", words=True)]
+    columns = [ARM, Column("evaluation", words=True)]
     columns += [Column(name) for name in ("tokens that differ", "loss", "max_vio")]
     rows = []
     for arm, mode in [(each, mode) for each in arms for mode in each.modes if len(each.modes) > 1]:
@@ -226,13 +231,13 @@ def alarm_table(arms: Sequence[Arm]) -> Table:
         for alarm in run.status.get("alarms") or []
         if isinstance(alarm, dict)
     ]
-    columns = [Column("arm"), Column("seed"), Column("alarm", words=True), Column("layer", words=True)]
+    columns = [ARM, Column("seed"), Column("alarm", words=True), Column("layer", words=True)]
     return Table("What raised an alarm?", [*columns, Column("step"), Column("what happened", words=True)], rows)
 
 
 def numbers_table(arms: Sequence[Arm]) -> Table:
     """Every number of every run unrounded, a row each: for who wants to compute with them."""
-    columns = [Column(name) for name in ("arm", "seed", "group", "measure", "value")]
+    columns = [ARM, *(Column(name) for name in ("seed", "group", "measure", "value"))]
     found = [(arm, run, measure, measure.read(run)) for arm in arms for run in arm.runs for measure in measures.ALL]
     rows = [[arm.label, str(run.seed), m.group, m.heading, repr(v)] for arm, run, m, v in found if v is not None]
     return Table("Numbers", columns, rows)

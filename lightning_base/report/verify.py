@@ -1,4 +1,4 @@
-"""Whether a run's manifest agrees with its other files, which say the same things in other words.
+"""Which runs may be reported: those that are finished, and whose files say the same things in other words.
 
 A manifest is sealed by its SHA-256 in status.json, and whoever reseals it has not yet changed the configuration, the
 metrics and the counts that were written while the run went on: a run whose files contradict each other is not reported.
@@ -8,41 +8,76 @@ import json
 import math
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
-from lightning_base.program.run_directory import RunDirectory
-from lightning_base.report.run import Run, flatten
+from lightning_base.program.run_directory import RunDirectory, read_json
+from lightning_base.report.read import LeftOut, ReportError, Run, flatten, printable, read_job
 
 PARTS = {"config": dict, "packages": dict, "result": dict, "ledger": dict, "device": str}
-# What fields of the manifest are, and how that looks in JSON.
-LOOKS = {
-    "a count": r"\d+",
-    "a number": r"-?(\d[\d.e+-]*|Infinity)|NaN",
-    "a number above 0": r"(?!0(\.0)?$)\d[\d.e+-]*",
-    "a name": r'".*"',
-    "true or false": "true|false",
-    "the ways of evaluating, each causal or not": r'\{("[^"]*": (true|false)(, )?)+\}',
-    "32 hexadecimal digits": '"[0-9a-f]{32}"',
-    "64 hexadecimal digits": '"[0-9a-f]{64}"',
-}
-COUNTS = ("seed", "steps", "sequences", "tokens", "assignments", "assignments_dropped", "world_size")
 AMOUNTS = ("num_experts", "top_k", "parameters", "active_parameters", "flops_per_token")
-FORM = {
-    **dict.fromkeys(COUNTS, "a count"),
-    **dict.fromkeys([f"ledger.{name}" for name in AMOUNTS], "a number above 0"),
-    "ledger.evaluation_modes": "the ways of evaluating, each causal or not",
-    "ledger.causal_in_training": "true or false",
-    "ledger.router": "a name",
-    "result.final/loss": "a number",
-    "corpus_fingerprint": "64 hexadecimal digits",
-    "batch_fingerprint": "32 hexadecimal digits",
-    "initial_weights_fingerprint": "64 hexadecimal digits",
+# What fields of the manifest are: how that looks in JSON, and which they are.
+FORM: dict[str, tuple[str, tuple[str, ...]]] = {
+    "a count": (r"\d+", ("seed", "steps", "sequences", "tokens", "assignments", "assignments_dropped", "world_size")),
+    "a number above 0": (r"(?!0(\.0)?$)\d[\d.e+-]*", tuple(f"ledger.{name}" for name in AMOUNTS)),
+    "a number": (r"-?(\d[\d.e+-]*|Infinity)|NaN", ("result.final/loss",)),
+    "ways, each causal or not": (r'\{("[^"]*": (true|false)(, )?)+\}', ("ledger.evaluation_modes",)),
+    "true or false": ("true|false", ("ledger.causal_in_training",)),
+    "a name": ('".*"', ("ledger.router",)),
+    "64 hexadecimal digits": ('"[0-9a-f]{64}"', ("corpus_fingerprint", "initial_weights_fingerprint")),
+    "32 hexadecimal digits": ('"[0-9a-f]{32}"', ("batch_fingerprint",)),
 }
+BROKEN = "manifest.json is not what it was when the run ended: its SHA-256 is not manifest_sha256 in status.json"
 # Values pass through float32 on their way to the files; what a hand changes is larger.
 TOLERANCE = 1e-5
 # A field, what it is, what it should be, and who says that; only those where the two differ speak against a run.
 Findings = Iterator[tuple[str, Any, Any, str]]
 IN_CONFIG, IN_METRICS = "in manifest.json and {!r} in .hydra/config.yaml", "in manifest.json and {!r} in metrics.csv"
+
+
+def sound_runs(*directories: Path) -> tuple[list[Run], list[LeftOut]]:
+    """The finished runs of experiments, or of directories of single jobs, in the order of their sweeps; and the rest.
+
+    Runs whose files contradict each other are among the rest, and a directory without a job.
+
+    Raises:
+        ReportError: a directory is not there.
+    """
+    sound: list[Run] = []
+    left_out: list[LeftOut] = []
+    for directory in dict.fromkeys(directories):
+        if not directory.is_dir():
+            raise ReportError(f"{directory} is not a directory: give one that runs have been written to")
+        jobs = list_jobs(directory, left_out)
+        for path, label in jobs.items():
+            job = read_job(path, label)
+            if isinstance(job, Run) and (wrong := problems(job)):
+                job = LeftOut(path.name, label, "refused", "; ".join(wrong))
+            sound.append(job) if isinstance(job, Run) else left_out.append(job)
+        if not jobs:
+            deeper = sorted({path.parent.parent.name for path in directory.glob("*/*/status.json")})
+            hint = f"its folders {', '.join(deeper[:8])} do" if deeper else "runs are folders with a status.json"
+            left_out.append(LeftOut(directory.name, str(directory), "empty", f"it holds no run; {hint}"))
+    return sound, left_out
+
+
+def list_jobs(directory: Path, left_out: list[LeftOut]) -> dict[Path, str]:
+    """The jobs of an experiment with their labels: those of its sweep in order, then any others by name."""
+    if (directory / "status.json").exists():
+        return {directory: directory.resolve().name}
+    labels: dict[str, str] = {}
+    try:
+        # A name in sweep.json is a folder right here, whatever a hand may have written into the file.
+        sweep = read_json(directory / "sweep.json")
+        jobs = {**sweep.get("earlier", {}), **sweep.get("jobs", {})}
+        labels = {Path(str(name)).name: printable(str(label)) for name, label in jobs.items()}
+    except (ValueError, TypeError, OSError) as error:
+        left_out.append(LeftOut("sweep.json", "sweep.json", "unreadable", f"runs have the names of folders: {error}"))
+    for path in sorted(directory.glob("[!.]*/")):
+        # A job that was killed before it could say anything has its configuration.
+        if any((path / name).exists() for name in ("status.json", "manifest.json", ".hydra/config.yaml")):
+            labels.setdefault(path.name, path.name)
+    return {directory / name: label for name, label in labels.items()}
 
 
 def problems(run: Run) -> list[str]:
@@ -70,11 +105,12 @@ def check_form(manifest: dict[str, Any]) -> Iterator[str]:
         yield f"{', '.join(missing)} in manifest.json: missing, or of another form"
         return
     parts = {f"{part}.{name}": x for part in ("ledger", "result") for name, x in manifest[part].items()}
-    results = dict.fromkeys([name for name in parts if name.startswith("result.")], "a number")
-    for name, looks in {**FORM, **results}.items():
-        value = {**manifest, **parts}.get(name)
-        if not re.fullmatch(LOOKS[looks], json.dumps(value)):
-            yield f"{name} in manifest.json is not {looks}: {value!r}"
+    results = [name for name in parts if name.startswith("result.")]
+    for looks, (pattern, names) in FORM.items():
+        for name in dict.fromkeys((*names, *results) if looks == "a number" else names):
+            value = {**manifest, **parts}.get(name)
+            if not re.fullmatch(pattern, json.dumps(value)):
+                yield f"{name} in manifest.json is not {looks}: {value!r}"
 
 
 def check_config(run: Run) -> Findings:

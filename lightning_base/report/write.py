@@ -1,6 +1,6 @@
 """Writes the report of one or several directories."""
 
-import difflib
+import argparse
 import re
 import shutil
 import sys
@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from lightning_base.instantiation import did_you_mean
 from lightning_base.report.document import build
 from lightning_base.report.formats import render, table_csv
 from lightning_base.report.read import ReportError
@@ -66,14 +67,10 @@ def write_report(*directories: str | Path, quiet: bool = False) -> Path:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The program behind ``experiments/report.py``; gives the exit code."""
-    names = list(sys.argv[1:] if arguments is None else arguments)
-    if not names or any(name.startswith("-") for name in names):
-        asked = bool(set(names) & {"-h", "--help"})
-        usage = "usage: python experiments/report.py NAME_OR_DIRECTORY [...]  (a name is looked for in runs/)"
-        print(usage, file=sys.stdout if asked else sys.stderr)
-        return 0 if asked else BAD_INPUT
+    parser = argparse.ArgumentParser(prog="report.py", description="Writes the tables and figures of what has run.")
+    parser.add_argument("names", nargs="+", metavar="NAME_OR_DIRECTORY", help="a name is looked for in runs/")
     try:
-        write_report(*(find(name) for name in names))
+        write_report(*map(find, parser.parse_args(arguments).names))
     except ReportError as error:
         print(f"error: {error}", file=sys.stderr)
         return BAD_INPUT
@@ -89,7 +86,6 @@ def find(name: str, runs: Path = Path("runs")) -> Path:
     for path in (runs / name, Path(name)) if "/" not in name else (Path(name),):
         if path.is_dir():
             return path
-    present = sorted(path.name for path in runs.iterdir() if path.is_dir()) if runs.is_dir() else []
-    near = difflib.get_close_matches(Path(name).name, present, cutoff=0.5)
-    there = f"did you mean {' or '.join(near)}?" if near else f"{runs}/ holds {', '.join(present[:8]) or 'nothing'}"
-    raise ReportError(f"{name} is neither a directory nor a name under {runs}/: {there}")
+    present = [path.name for path in runs.iterdir() if path.is_dir()] if runs.is_dir() else []
+    hint = did_you_mean(Path(name).name, present)
+    raise ReportError(f"{name} is neither a directory nor a name under {runs}/{hint}")

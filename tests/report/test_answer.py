@@ -8,8 +8,7 @@ from hand_made_runs import edit, write_run, write_seeds
 from lightning_base.report.answer import all_contrasts
 from lightning_base.report.document import Section, build
 from lightning_base.report.fairness import Arm, Comparison, setting
-from lightning_base.report.read import read_job
-from lightning_base.report.run import Run
+from lightning_base.report.read import Run, read_job
 from lightning_base.report.tables import Strong, Table
 
 BASE, SWITCH = (5.0, 5.2, 5.4), (4.0, 4.6, 4.9)

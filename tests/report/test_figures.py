@@ -9,8 +9,7 @@ from lightning_base.report.drawing import ROUTERS, router_color, styles
 from lightning_base.report.fairness import Arm
 from lightning_base.report.figures import pareto_front, pictures, relative
 from lightning_base.report.measures import cost
-from lightning_base.report.read import read_job
-from lightning_base.report.run import Run
+from lightning_base.report.read import Run, read_job
 
 
 def read(path: Path) -> Run:
@@ -22,7 +21,7 @@ def read(path: Path) -> Run:
 def test_a_router_keeps_its_colour_whatever_stands_beside_it(tmp_path: Path) -> None:
     base, switch = (Arm((read(write_run(tmp_path / name, name)),)) for name in ("BASE", "Switch"))
     assert styles([base, switch])[1] == styles([switch])[0]
-    assert styles([switch])[0].color.lower() == ROUTERS["Switch"][0].lower()
+    assert styles([switch])[0]["color"].lower() == ROUTERS["Switch"][0].lower()
     assert router_color("ExpertChoice") == router_color("ExpertChoice")
 
 
@@ -32,8 +31,8 @@ def test_arms_of_one_router_differ_in_shade_and_line(tmp_path: Path) -> None:
         for f in (1.0, 2.0, 3.0)
     ]
     looks = styles(arms)
-    assert len({look.color for look in looks}) == len({look.line for look in looks}) == 3
-    assert len({look.marker for look in looks}) == 1
+    assert len({look["color"] for look in looks}) == len({look["ls"] for look in looks}) == 3
+    assert len({look["marker"] for look in looks}) == 1
 
 
 def test_flops_are_steps_times_tokens_per_step_times_flops_per_token(tmp_path: Path) -> None:
@@ -45,7 +44,7 @@ def test_flops_are_steps_times_tokens_per_step_times_flops_per_token(tmp_path: P
 def test_load_is_relative_to_an_even_share(tmp_path: Path) -> None:
     run = read(write_run(tmp_path / "run"))
     # [20, 10, 6, 4] of 40 tokens over 4 experts.
-    assert relative(run, "final_pass", "layer_1").tolist() == [[2.0, 1.0, 0.6, 0.4]] * 2
+    assert relative(run.counts["final_pass"]["layer_1"]).tolist() == [[2.0, 1.0, 0.6, 0.4]] * 2
 
 
 def test_arms_without_curves_or_counts_leave_the_other_figures_whole(tmp_path: Path) -> None:
