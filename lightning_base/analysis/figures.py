@@ -46,7 +46,7 @@ def grid(layers: Sequence[LayerFindings], width: float, height: float) -> tuple[
     figure = Figure(figsize=(0.9 + width * len(layers), height))
     panels = figure.subplots(1, len(layers), squeeze=False, sharey=True)[0]
     for axes, layer in zip(panels, layers, strict=True):
-        axes.set_title(layer.name.replace("_", " "))
+        axes.set_title(layer.name.replace("_", " "), fontsize=10, loc="left")
     return figure, list(panels)
 
 
@@ -76,7 +76,7 @@ def domains(findings: Findings) -> Iterator[Picture]:
             axes.axhline(0.5, color="white", lw=3)
             label_experts(axes, experts)
         panels[0].set_yticks(range(len(names)), names)
-        figure.supxlabel("expert")
+        figure.supxlabel("expert", fontsize=11)
         assert image is not None
         figure.colorbar(image, ax=panels, label="share / even share", extend="max")
         caption = (
@@ -101,7 +101,7 @@ def vocabulary(findings: Findings, router: str) -> Iterator[Picture]:
             axes.axvline(layer.even_share, color="#444444", lw=1, ls=":", label="k/E")
             axes.set(xlim=(0, 1.01), ylim=(0, 1.02))
         panels[0].set_ylabel("share of the text")
-        figure.supxlabel("largest share of a token's occurrences at one expert")
+        figure.supxlabel("largest share of a token's occurrences at one expert", fontsize=11)
         handles, names = panels[0].get_legend_handles_labels()
         figure.legend(handles, names, loc="outside upper center", ncols=3)
         caption = (
@@ -141,7 +141,7 @@ def pairs(findings: Findings) -> Iterator[Picture]:
             label_experts(axes, experts)
             axes.set_yticks(*tick_experts(experts))
         panels[0].set_ylabel("expert i")
-        figure.supxlabel("expert j")
+        figure.supxlabel("expert j", fontsize=11)
         assert image is not None
         figure.colorbar(image, ax=panels, label="share / even share", extend="max", shrink=0.8)
         caption = (

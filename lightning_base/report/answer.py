@@ -15,6 +15,7 @@ from lightning_base.report.words import WORDS
 LEVEL = 0.05
 # More names than these make a sentence unreadable.
 MOST_NAMED = 6
+CODE = ": that all arms ran the same code is not certain."
 # The signs behind names and cells.
 NOT_CAUSAL_IN_TRAINING, NOT_CAUSAL_IN_EVALUATION, NOT_QUIET, OTHER_COST = "†", "‡", "§", "¶"
 
@@ -108,39 +109,49 @@ def cautions(comparison: Comparison) -> list[str]:
     arms, commit = comparison.arms, comparison.setting.get("git_commit")
     runs = [(f"{arm.label}, seed {run.seed}", run) for arm in arms for run in arm.runs]
     ahead = [f"{arm.label} ({mean(arm, final_loss):.4f})" for arm in arms if not arm.causal]
-    lacking = {arm.label: [str(seed) for seed in comparison.seeds if seed not in arm.seeds] for arm in arms}
-    ways = {arm.label: arm.first.chosen(EXECUTED) for arm in arms}
-    keys = varying(list(ways.values()))
+    lacking = [(arm.label, [str(seed) for seed in comparison.seeds if seed not in arm.seeds]) for arm in arms]
+    infinite = [arm.label for arm in arms if not all(map(math.isfinite, by_seed(arm, final_loss).values()))]
+    ways = [arm.first.chosen(EXECUTED) for arm in arms]
+    way = [", ".join(f"{key}={way.get(key)}" for key in varying(ways)) for way in ways]
     noisy = [
         f"{arm.label} ({noise.slower:.2f} times as long, quartiles {100 * noise.spread:.0f} % of it apart)"
         for arm, noise in machine_noise(arms).items()
         if noise.disturbed
     ]
+    old = [f"{name}, went on from an older checkpoint: {text}" for name, run in runs if (text := passed_over(run))]
     entropy = mean(arms[0], measures.unigram_entropy)
-    above = [arm.label for arm in arms if mean(arm, measures.under_unigram) <= 0]
+    under = [arm.label for arm in arms if mean(arm, measures.under_unigram) <= 0]
     found = {
-        "ahead": listed(ahead) if len(ahead) < len(arms) else "",
-        "seeds": "; ".join(f"{label} lacks {listed(seeds)}" for label, seeds in lacking.items() if seeds),
-        "infinite": listed(
-            [arm.label for arm in arms if not all(map(math.isfinite, by_seed(arm, final_loss).values()))]
+        "Not ranked, because later tokens change what earlier ones are given in evaluation: {}.": listed(
+            ahead if len(ahead) < len(arms) else []
         ),
-        "flops": unequal_costs(arms, "flops_per_token"),
-        "parameters": unequal_costs(arms, "active_parameters"),
-        "execution": "; ".join(
-            f"{label} {', '.join(f'{key}={way.get(key)}' for key in keys)}" for label, way in ways.items() if keys
+        "Not every arm has every seed: {}. Differences are over the seeds that both arms have.": "; ".join(
+            f"{label} lacks {listed(seeds)}" for label, seeds in lacking if seeds
         ),
-        "moved": "; ".join(f"{name} ({text})" for name, run in runs if (text := layouts_of(run))),
-        "beside": listed([arm.label for arm in measures.side_by_side(arms)]),
-        "noise": listed(noisy),
-        "checkpoints": "; ".join(
-            f"{name}, went on from an older checkpoint: {text}" for name, run in runs if (text := passed_over(run))
+        "A validation loss is not finite, and is in no difference: {}.": listed(infinite),
+        "Unequal active FLOPs per token: {}.": unequal_costs(arms, "flops_per_token"),
+        "Unequal active parameters: {}.": unequal_costs(arms, "active_parameters"),
+        "Speeds are not comparable, the arms did not run in the same way: {}.": "; ".join(
+            f"{arm.label} {text}" for arm, text in zip(arms, way, strict=True) if text
         ),
-        "unigram": f"{entropy:.4f} nats (unigram entropy); not below it: {listed(above)}" if above else "",
-        "alarms": listed([arm.label for arm in arms if any(run.status.get("alarms") for run in arm.runs)]),
-        "unknown_code": "" if commit else "unknown",
-        "changed_code": "changed" if str(commit).endswith("-dirty") else "",
+        "Went on with other ranks or another accumulation, so that its speed is of several: {}.": "; ".join(
+            f"{name} ({text})" for name, run in runs if (text := layouts_of(run))
+        ),
+        "Speeds are not comparable, runs shared the machine with others of this table: {}.": listed(
+            [arm.label for arm in measures.side_by_side(arms)]
+        ),
+        "The machine was not quiet. A fixed piece of work, timed between steps, took longer or was less even than "
+        "beside the quietest arm with {}.": listed(noisy),
+        "{}.": "; ".join(old),
+        f"Predicting every token from its frequency alone would cost {entropy:.4f} nats (unigram entropy); not below "
+        "it: {}.": listed(under),
+        "Alarms were raised while training {}: they are listed under “What raised an alarm?”.": listed(
+            [arm.label for arm in arms if any(run.status.get("alarms") for run in arm.runs)]
+        ),
+        "The commit of the code is unknown{}": "" if commit else CODE,
+        "The code had uncommitted changes{}": CODE if str(commit).endswith("-dirty") else "",
     }
-    return [WORDS["cautions"][name].format(text) for name, text in found.items() if text]
+    return [text.format(what) for text, what in found.items() if what]
 
 
 def unequal_costs(arms: Sequence[Arm], name: str) -> str:

@@ -131,7 +131,7 @@ def panels(
         drawn = []
         for (label, found), line in zip(rows, grid, strict=True):
             for layer, axes in zip(layers, line, strict=True):
-                axes.set_title(textwrap.fill(f"{label}: {layer.replace('_', ' ')}", 40))
+                axes.set_title(textwrap.fill(f"{label}: {layer.replace('_', ' ')}", 40), fontsize=10, loc="left")
                 drawn += [(axes, found[layer])] if layer in found else []
                 axes.set_axis_on() if layer in found else axes.set_axis_off()
         yield part, figure, drawn

@@ -160,8 +160,8 @@ def load_bars(looks: Looks) -> Iterator[Picture]:
             axes.axhline(1, color="#444444", lw=1)
             axes.grid(axis="x", visible=False)
             axes.set_xticks(experts[:: max(len(experts) // 8, 1)])
-        figure.supxlabel("expert")
-        figure.supylabel("tokens / even share")
+        figure.supxlabel("expert", fontsize=11)
+        figure.supylabel("tokens / even share", fontsize=11)
         title = f"Load per expert in evaluation{part.replace('_', ' ')}"
         yield render(f"load_bars{part}", title, CAPTIONS["load_bars"], figure)
 
@@ -183,8 +183,8 @@ def load_heatmaps(arms: Sequence[Arm]) -> Iterator[Picture]:
             shown = np.unique(np.linspace(0, len(counts.steps) - 1, min(5, len(counts.steps))).astype(int))
             axes.set_xticks(shown, map(str, counts.steps[shown]))
             axes.set_yticks(sorted({0, counts.demand.shape[1] - 1}))
-        figure.supxlabel("step")
-        figure.supylabel("expert")
+        figure.supxlabel("step", fontsize=11)
+        figure.supylabel("expert", fontsize=11)
         shrink = min(1.0, 2 / len(rows))
         figure.colorbar(image, ax=figure.axes, label="demand / even share", extend="max", shrink=shrink)
         title = f"Demand per expert over training{part.replace('_', ' ')}"
@@ -204,7 +204,7 @@ def drops_by_position(looks: Looks) -> Iterator[Picture]:
                 asked_N = sum(counts.demand.sum(0) for counts in layers)
                 x = 100 * (np.arange(len(asked_N)) + 0.5) / len(asked_N)
                 dropping[arm.label] = axes.plot(x, 100 * dropped_N / np.maximum(asked_N, 1), ms=4, **look)[0]
-        axes.set_title(title, fontsize=11)
+        axes.set_title(title, fontsize=11, loc="left")
         axes.set(xlabel="place in the routing group [%]", ylim=(0, None))
     if dropping:
         grid[0].set_ylabel("dropped [%]")

@@ -87,5 +87,5 @@ def find(name: str, runs: Path = Path("runs")) -> Path:
         if path.is_dir():
             return path
     present = [path.name for path in runs.iterdir() if path.is_dir()] if runs.is_dir() else []
-    hint = did_you_mean(Path(name).name, present)
+    hint = did_you_mean(Path(name).name, present) if present else ", which holds nothing"
     raise ReportError(f"{name} is neither a directory nor a name under {runs}/{hint}")
