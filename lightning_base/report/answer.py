@@ -15,7 +15,6 @@ from lightning_base.report.words import WORDS
 LEVEL = 0.05
 # More names than these make a sentence unreadable.
 MOST_NAMED = 6
-CODE = ": that all arms ran the same code is not certain."
 # The signs behind names and cells.
 NOT_CAUSAL_IN_TRAINING, NOT_CAUSAL_IN_EVALUATION, NOT_QUIET, OTHER_COST = "†", "‡", "§", "¶"
 
@@ -107,6 +106,8 @@ def placed(found: Sequence[Contrast], words: tuple[str, str, str]) -> str:
 def cautions(comparison: Comparison) -> list[str]:
     """What makes the arms of a table unequal in cost, seeds or speed, or their code unknown; what is not ranked."""
     arms, commit = comparison.arms, comparison.setting.get("git_commit")
+    changed = "The code had uncommitted changes" if str(commit).endswith("-dirty") else ""
+    code = changed if commit else "The commit of the code is unknown"
     runs = [(f"{arm.label}, seed {run.seed}", run) for arm in arms for run in arm.runs]
     ahead = [f"{arm.label} ({mean(arm, final_loss):.4f})" for arm in arms if not arm.causal]
     lacking = [(arm.label, [str(seed) for seed in comparison.seeds if seed not in arm.seeds]) for arm in arms]
@@ -148,8 +149,7 @@ def cautions(comparison: Comparison) -> list[str]:
         "Alarms were raised while training {}: they are listed under “What raised an alarm?”.": listed(
             [arm.label for arm in arms if any(run.status.get("alarms") for run in arm.runs)]
         ),
-        "The commit of the code is unknown{}": "" if commit else CODE,
-        "The code had uncommitted changes{}": CODE if str(commit).endswith("-dirty") else "",
+        "{}: that all arms ran the same code is not certain.": code,
     }
     return [text.format(what) for text, what in found.items() if what]
 

@@ -173,10 +173,10 @@ def side_by_side(arms: Sequence[Arm]) -> list[Arm]:
     runs = [run.status for arm in arms for run in arm.runs if {"host", "started", "updated"} <= set(run.status)]
 
     def shares(one: dict[str, Any]) -> bool:
-        others = [other for other in runs if other is not one and other["host"] == one.get("host")]
+        others = [other for other in runs if other is not one and other["host"] == one["host"]]
         return any(max(one["started"], other["started"]) < min(one["updated"], other["updated"]) for other in others)
 
-    return [arm for arm in arms if any(shares(run.status) for run in arm.runs)]
+    return [arm for arm in arms if any(shares(run.status) for run in arm.runs if run.status in runs)]
 
 
 def signed(value: float) -> str:

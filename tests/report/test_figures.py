@@ -20,8 +20,8 @@ def read(path: Path) -> Run:
 
 def test_a_router_keeps_its_colour_whatever_stands_beside_it(tmp_path: Path) -> None:
     base, switch = (Arm((read(write_run(tmp_path / name, name)),)) for name in ("BASE", "Switch"))
-    assert styles([base, switch])[1] == styles([switch])[0]
-    assert styles([switch])[0]["color"].lower() == ROUTERS["Switch"][0].lower()
+    assert styles([base, switch])[switch] == styles([switch])[switch]
+    assert styles([switch])[switch]["color"].lower() == ROUTERS["Switch"][0].lower()
     assert router_color("ExpertChoice") == router_color("ExpertChoice")
 
 
@@ -30,7 +30,7 @@ def test_arms_of_one_router_differ_in_shade_and_line(tmp_path: Path) -> None:
         Arm((read(write_run(tmp_path / str(f), "Switch", changes={"router.capacity_factor": f})),))
         for f in (1.0, 2.0, 3.0)
     ]
-    looks = styles(arms)
+    looks = styles(arms).values()
     assert len({look["color"] for look in looks}) == len({look["ls"] for look in looks}) == 3
     assert len({look["marker"] for look in looks}) == 1
 
