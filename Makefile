@@ -11,7 +11,7 @@ FORM ?= quick
 seeds = $(if $(or $(findstring seed=,$(ARGS)),$(shell grep -sl '^ *seed:' conf/experiment/$(EXPERIMENT).yaml)),,seed=$(SEEDS))
 # What the claims of docs/claims.md are judged by, and what it explains BASE's place with, in the order in which one
 # experiment needs another.
-CLAIMS := compare paper placement expert_size solver group_size english
+CLAIMS := compare paper placement expert_size solver group_size shuffle english
 REASONS := epochs gate router_scale router_learning_rate learning_rate router_norm num_experts final_plan replay_final length
 ABLATIONS := $(filter-out $(CLAIMS) $(REASONS),$(patsubst conf/experiment/%.yaml,%,$(wildcard conf/experiment/*.yaml)))
 
@@ -19,8 +19,10 @@ ABLATIONS := $(filter-out $(CLAIMS) $(REASONS),$(patsubst conf/experiment/%.yaml
 
 .PHONY: help
 help:  ## This list
-	@echo "make experiment                        the comparison: dense, BASE, Switch and top-k, then the report"
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-33s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo "what one needs:"
+	@awk -F ':.*##! ' '/^[a-z-]+:.*##! / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo "the rest:"
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
 	@echo "experiments: $(patsubst conf/experiment/%.yaml,%,$(wildcard conf/experiment/*.yaml))"
 	@echo "routers:     $(patsubst conf/router/%.yaml,%,$(wildcard conf/router/*.yaml))"
@@ -47,7 +49,7 @@ setup: $(VENV)/installed  ## Makes .venv from constraints.txt, with what trainin
 setup-dev: $(VENV)/installed-dev  ## The same with what tests, checks and benchmarks need
 
 .PHONY: experiment
-experiment: setup  ## EXPERIMENT=name SEEDS=1,2,3 ARGS="key=value ..." FRESH=1 to start over: runs conf/experiment/name.yaml
+experiment: setup  ##! The comparison and its report; EXPERIMENT=name for another, SEEDS=1,2,3, ARGS="key=value ...", FRESH=1 to start over
 	@$(if $(EXPERIMENT),,echo "error: say which: make experiment EXPERIMENT=compare" && exit 2)
 	@$(if $(filter 1,$(FRESH)),rm -rf "$(RUNS)/$(EXPERIMENT)")
 	@$(BIN)/python experiments/train.py experiment=$(EXPERIMENT) name=$(EXPERIMENT) "runs_dir=$(RUNS)" $(seeds) $(ARGS); code=$$?; \
@@ -65,14 +67,14 @@ ablations: setup-dev  ## All experiments, one after the other; those that are do
 	@for name in $(CLAIMS) $(REASONS) $(ABLATIONS); do $(MAKE) --no-print-directory experiment EXPERIMENT=$$name || exit; done
 
 .PHONY: claims
-claims: setup-dev  ## Runs what the paper's claims are judged by, goes on where it was, and fills docs/claims.md
+claims: setup-dev  ##! Runs what the paper's claims are judged by, goes on where it was, and fills docs/claims.md
 	@for name in $(CLAIMS); do \
 		$(MAKE) --no-print-directory experiment EXPERIMENT=$$name ARGS="hydra/launcher=parallel $(ARGS)" || exit; \
 	done
 	@$(BIN)/python experiments/claims.py "$(RUNS)" $(ARGS)
 
 .PHONY: report
-report: setup  ## EXPERIMENT=name: writes and names the report of what has run
+report: setup  ##! EXPERIMENT=name: writes and names the report of what has run
 	@$(BIN)/python experiments/report.py "$(RUNS)/$(EXPERIMENT)"
 
 .PHONY: analysis
@@ -86,7 +88,7 @@ export: setup  ## RUN=runs/compare/router=base,seed=1: its newest checkpoint as 
 	@$(BIN)/python experiments/export.py "$(RUN)" $(ARGS)
 
 .PHONY: tensorboard
-tensorboard: setup  ## Shows all runs at http://localhost:6006
+tensorboard: setup  ##! Shows all runs at http://localhost:6006
 	@echo "arms side by side: http://localhost:6006/#custom_scalars; their options and results: http://localhost:6006/#hparams"
 	@$(BIN)/tensorboard --logdir $(RUNS)
 
@@ -103,7 +105,7 @@ benchmark-check: setup-dev  ## The same (FORM=shortest: two minutes), and names 
 	@$(BIN)/python experiments/benchmark.py all --$(FORM) --check --json $(RUNS)/benchmark.json $(ARGS)
 
 .PHONY: test
-test: setup-dev  ## The tests in their short form, minutes on two cores
+test: setup-dev  ##! The tests in their short form, minutes on two cores
 	@$(BIN)/python -m pytest -n 2 -m "not exhaustive" $(ARGS)
 
 .PHONY: test-all

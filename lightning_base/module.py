@@ -219,7 +219,9 @@ class LanguageModel(pl.LightningModule):
         set_evaluation_mode(self.model, mode)
 
     def configure_optimizers(self) -> Any:
-        optimizer, schedule = make_optimizer(self.model, self.optimizer_options, self.max_steps)
+        # A fused optimizer undoes the scaling of 16-mixed by itself, after the gradients were clipped.
+        fused = self._trainer is None or self.trainer.precision != "16-mixed"
+        optimizer, schedule = make_optimizer(self.model, self.optimizer_options, self.max_steps, fused=fused)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:

@@ -14,7 +14,7 @@ from lightning_base.sparse_model import SparseModel
 
 
 def make_optimizer(
-    model: SparseModel, options: Mapping[str, Any], max_steps: int
+    model: SparseModel, options: Mapping[str, Any], max_steps: int, *, fused: bool = True
 ) -> tuple[torch.optim.Optimizer, LambdaLR]:
     """AdamW; weight decay on matrices alone, not on norms, embeddings and routers. These have a rate of theirs.
 
@@ -22,6 +22,7 @@ def make_optimizer(
         model: whose parameters are trained.
         options: those of ``conf/config.yaml`` under ``module``.
         max_steps: optimizer steps of the whole run, which the schedule spans.
+        fused: reads and writes parameters, gradients and moments once a step and not once per operation.
     """
     rate = float(options["learning_rate"])
     decayed: list[nn.Parameter] = []
@@ -43,6 +44,7 @@ def make_optimizer(
         ],
         lr=rate,
         betas=(first, second),
+        fused=fused,
     )
     return optimizer, LambdaLR(optimizer, partial(schedule, options, max_steps))
 

@@ -30,6 +30,13 @@ IMPORTED = (
     "torch.distributed.run",
 )
 IMPORTED += ("torch.distributed.elastic.agent.server.local_elastic_agent", "torch.utils.tensorboard", "pytest")
+# What a run imports on its way.
+IMPORTED += (
+    "lightning_base.assignment.transport",
+    "numba.cpython.charseq",
+    "lightning_base.data.text",
+    "pyarrow.parquet",
+)
 
 start_a_program = subprocess.Popen._execute_child  # type: ignore[attr-defined]
 

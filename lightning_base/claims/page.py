@@ -63,7 +63,7 @@ def fill(
             elif name == "claims":
                 text = details(judged)
             elif name == "conditions":
-                text = conditions(studies)
+                return found[0]  # told at the end, when it is known which experiments were read
             else:
                 text = table(tables[name](studies))
         except (MissingError, ReportError) as error:
@@ -71,20 +71,35 @@ def fill(
             return found[0]
         return f"<!-- begin {name} -->\n\n{text}\n\n<!-- end {name} -->"
 
-    page.write_text(re.sub(r"<!-- begin (\w+) -->.*?<!-- end \1 -->", one, page.read_text(), flags=re.DOTALL))
+    written = re.sub(r"<!-- begin (\w+) -->.*?<!-- end \1 -->", one, page.read_text(), flags=re.DOTALL)
+    try:
+        told = f"<!-- begin conditions -->\n\n{conditions(studies)}\n\n<!-- end conditions -->"
+        written = re.sub(
+            r"<!-- begin conditions -->.*?<!-- end conditions -->", lambda _: told, written, flags=re.DOTALL
+        )
+    except (MissingError, ReportError) as error:
+        missing.append(f"conditions: {error}")
+    page.write_text(written)
     return missing
 
 
 def conditions(studies: Studies) -> str:
-    """When, where and with what the default comparison was run, and what was left out."""
+    """When, where and with what the default comparison was run, what is of another commit, and what was left out."""
     runs = studies.experiment("compare")
     first = runs[0].manifest
     newest = max(float(run.status["updated"]) for run in runs)
     day = datetime.datetime.fromtimestamp(newest, datetime.UTC).date()
+    own = str(first["git_commit"])[:12]
     text = (
-        f"Run on {day}, code at commit {str(first['git_commit'])[:12]}, {first['device']}, torch "
+        f"Run on {day}, code at commit {own}, {first['device']}, torch "
         f"{first['packages']['torch']}, {first['steps']} steps of {first['tokens'] // first['steps']:,} tokens, seeds "
         f"{', '.join(str(seed) for seed in sorted({run.seed for run in runs}))}."
     )
+    others: dict[str, list[str]] = {}
+    for name, commits in studies.commits().items():
+        for commit in sorted({commit[:12] for commit in commits} - {own}):
+            others.setdefault(commit, []).append(name)
+    for commit, names in sorted(others.items()):
+        text += f" At commit {commit}: {', '.join(sorted(names))}."
     out = "".join(f"\n- left out: {job.name}: {job.state}: {job.reason}" for job in studies.left_out)
     return text + ("\n" + out if out else "")

@@ -45,6 +45,10 @@ class Studies:
             self.left_out += [replace(job, name=f"{name}/{job.name}") for job in left_out]
         return self._read[name]
 
+    def commits(self) -> dict[str, set[str]]:
+        """The code that the experiments read so far were run with."""
+        return {name: {str(run.manifest["git_commit"]) for run in runs} for name, runs in self._read.items()}
+
     def arm(self, experiment: str, router: str, where: Callable[[Run], bool] = lambda run: True, **options: Any) -> Arm:
         """The runs of one arm by seed.
 

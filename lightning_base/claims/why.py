@@ -6,9 +6,20 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lightning_base.claims.studies import Arm, Number, Studies, difference, final, final_loss, last, loss_at, mean
+from lightning_base.claims.studies import (
+    Arm,
+    MissingError,
+    Number,
+    Studies,
+    difference,
+    final,
+    final_loss,
+    last,
+    loss_at,
+    mean,
+)
 from lightning_base.claims.verdict import Rows, plain, signed
-from lightning_base.program.checkpoint import VerifiedCheckpointIO, checkpoints
+from lightning_base.program.checkpoint import CheckpointError, VerifiedCheckpointIO, checkpoints
 from lightning_base.program.run_directory import read_json
 from lightning_base.report.read import Run
 from lightning_base.report.statistics import holm
@@ -23,6 +34,8 @@ NAMES = {
     "TopK": "top_k",
     "Hash": "hash",
 }
+EARLY = "routing_change/step/mean"
+OVER = "routing_change/validation/mean"
 
 
 def against(reference: str, arms: Mapping[str, Arm], *, same_model: bool = True) -> Rows:
@@ -43,11 +56,7 @@ def against(reference: str, arms: Mapping[str, Arm], *, same_model: bool = True)
 
 def compared(studies: Studies, experiment: str = "compare") -> Rows:
     """A comparison, against dense and against dense with a gate."""
-    arms = {
-        NAMES[router]: studies.arm(experiment, router)
-        for router in NAMES
-        if router != "TopK" or has(studies, experiment)
-    }
+    arms = {NAMES[router]: studies.arm(experiment, router) for router in routers_of(studies, experiment)}
     rows = against("dense", arms)
     rows[0].insert(4, "minus gated_dense")
     for row in rows[1:]:
@@ -55,23 +64,34 @@ def compared(studies: Studies, experiment: str = "compare") -> Rows:
     return rows
 
 
-def has(studies: Studies, experiment: str) -> bool:
-    """Whether an experiment has top-k, the arm that shorter ones leave out."""
-    return any(run.ledger["router"] == "TopK" for run in studies.experiment(experiment))
+def routers_of(studies: Studies, experiment: str) -> list[str]:
+    """Those of the comparison that an experiment has finished runs of."""
+    found = {run.ledger["router"] for run in studies.experiment(experiment)}
+    return [router for router in NAMES if router in found]
+
+
+def seeds(studies: Studies) -> Rows:
+    """Ten seeds of the arms of the comparison that BASE is most held against."""
+    return against(
+        "base", {NAMES[router]: studies.arm("seeds", router) for router in ("BASE", "Dense", "Switch", "TopK")}
+    )
 
 
 def movement(studies: Studies) -> Rows:
     """How many tokens of a fixed text change experts, early, late and over a run."""
-    rows: Rows = [["arm", "in one step, early", "in one step, late", "in 20 steps, late", "loss"]]
+    heading = ["arm", "in one step, early", "in one step, late", "in 20 steps, late", "loss"]
+    rows: Rows = [[*heading, "early, minus base", "in 20 steps, minus base"]]
+    early, late, over = at(EARLY, 0), last(EARLY), last(OVER)
     arms = {name: studies.arm("compare", router) for router, name in NAMES.items() if "Dense" not in router}
     scaled = {
         f"base, routers {s} times larger": studies.arm("router_scale", "BASE", module__router_init_scale=s)
         for s in (3, 10)
     }
     for name, arm in {**arms, **scaled}.items():
-        early, late = at("routing_change/step/mean", 0), last("routing_change/step/mean")
-        over = last("routing_change/validation/mean")
-        rows.append([name, *(plain(mean(arm, read), 3) for read in (early, late, over)), plain(mean(arm))])
+        gaps = (
+            ["", ""] if name == "base" else [signed(difference(arm, arms["base"], read), 3) for read in (early, over)]
+        )
+        rows.append([name, *(plain(mean(arm, read), 3) for read in (early, late, over)), plain(mean(arm)), *gaps])
     return rows
 
 
@@ -81,7 +101,7 @@ def epochs(studies: Studies) -> Rows:
     for router, name in NAMES.items():
         if "Dense" not in router:
             arm = studies.arm("epochs", router)
-            rows.append([name, *(plain(mean(arm, at("routing_change/validation/mean", i)), 3) for i in range(3))])
+            rows.append([name, *(plain(mean(arm, at(OVER, i)), 3) for i in range(3))])
     return rows
 
 
@@ -122,7 +142,9 @@ def router_rates(studies: Studies) -> Rows:
 
 
 def rates(studies: Studies) -> Rows:
-    return grid(studies, "learning_rate", "module__learning_rate", (1.25e-3, 2.5e-3, 5e-3), ("Dense", "BASE", "Switch"))
+    routers = routers_of(studies, "learning_rate")
+    held = ("Dense", "Switch")
+    return grid(studies, "learning_rate", "module__learning_rate", (1.25e-3, 2.5e-3, 5e-3), routers, held=held)
 
 
 def norms(studies: Studies) -> Rows:
@@ -141,27 +163,51 @@ def groups(studies: Studies) -> Rows:
     return grid(studies, "group_size", "data__routing_group", (2, 4, 8, 16), ("BASE",))
 
 
-def loss_weights(studies: Studies) -> Rows:
-    key = "module__loss_coefficients__load_balancing_loss"
-    return grid(studies, "loss_weight", key, (0, 0.001, 0.01, 0.1), ("Switch",))
+def shuffles(studies: Studies) -> Rows:
+    """What dealing the tokens of a step out to its routing groups changes, by the size of a group."""
+    rows: Rows = [["sequences in a group", "arm", "loss", "shuffled, minus not", "dropped, %", "shuffled, minus not"]]
+    for group in (2, 4, 8):
+        for router in ("BASE", "Switch"):
+            plainly, dealt = (
+                studies.arm("shuffle", router, data__routing_group=group, model__shuffle_tokens=on)
+                for on in (False, True)
+            )
+            row = [str(group), NAMES[router], plain(mean(plainly)), signed(difference(dealt, plainly))]
+            if router == "Switch":
+                row += [plain(mean(plainly, dropped), 1), signed(difference(dealt, plainly, dropped), 1)]
+            rows.append(row + [""] * (6 - len(row)))
+    return rows
+
+
+def dropped(run: Run) -> float:
+    """How many assignments of the whole training run found no slot, in percent."""
+    return 100 * float(run.manifest["assignments_dropped"]) / float(run.manifest["assignments"])
 
 
 def grid(
-    studies: Studies, experiment: str, key: str, values: Sequence, routers: Sequence[str], *, own: bool = True
+    studies: Studies,
+    experiment: str,
+    key: str,
+    values: Sequence,
+    routers: Sequence[str],
+    *,
+    held: Sequence[str] | None = None,
+    own: bool = True,
 ) -> Rows:
-    """A row per value, a column per router; then BASE minus the others, and with ``own`` minus itself as published."""
+    """A row per value, a column per router; then BASE minus others, and with ``own`` minus itself as published.
+
+    ``held`` are the others that BASE is held against: all of them, if it is not given.
+    """
     name = key.replace("__", ".")
-    heading = [name, *(NAMES[router] for router in routers)]
-    if len(routers) > 1:
-        heading += [f"base minus {NAMES[router]}" for router in routers if router != "BASE"]
+    held = [router for router in routers if router != "BASE"] if held is None else held
+    heading = [name, *(NAMES[router] for router in routers), *(f"base minus {NAMES[router]}" for router in held)]
     published = studies.arm("compare", "BASE")
     own = own and "BASE" in routers
     rows: Rows = [[*heading, *["base minus base as published"] * own]]
     for value in values:
         arms = {router: studies.either(experiment, router, **{key: value}) for router in routers}
         row = [str(value), *(plain(mean(arm)) for arm in arms.values())]
-        if len(routers) > 1:
-            row += [signed(difference(arms["BASE"], arm)) for router, arm in arms.items() if router != "BASE"]
+        row += [signed(difference(arms["BASE"], arms[router])) for router in held]
         if own:
             gap = difference(arms["BASE"], published, same_model=False)
             row.append(signed(gap) if gap.spread > 0 else "")
@@ -171,14 +217,17 @@ def grid(
 
 def longer(studies: Studies) -> Rows:
     """Differences along a run of ten times the default's length."""
-    arms = {NAMES[router]: studies.arm("length", router) for router in ("Dense", "GatedDense", "BASE", "Switch")}
+    arms = {NAMES[router]: studies.arm("length", router) for router in routers_of(studies, "length")}
     pairs = [
         ("gated_dense", "dense"),
         ("switch", "dense"),
+        ("top_k", "dense"),
+        ("hash", "dense"),
         ("base", "dense"),
         ("base", "gated_dense"),
         ("base", "switch"),
     ]
+    pairs = [pair for pair in pairs if set(pair) <= arms.keys()]
     rows: Rows = [["step", "dense", *(f"{one} minus {other}" for one, other in pairs)]]
     readers = {str(step): loss_at(step) for step in LENGTHS} | {"whole text, at the end": final_loss}
     for label, read in readers.items():
@@ -221,8 +270,9 @@ def made_from(router: str, scale: float) -> Callable[[Run], bool]:
 
 
 def openness(studies: Studies) -> Rows:
-    """How far gates are open in the first and in the last logged step, and how alike centroids are at the end."""
-    rows: Rows = [["arm", "mean gate at first", "at the end", "cosine between centroids", "loss"]]
+    """How far gates are open in the first and the last logged step; how long and how alike centroids are at the end."""
+    heading = ["arm", "mean gate at first", "at the end", "length of centroids", "cosine between centroids", "loss"]
+    rows: Rows = [heading]
     arms = {NAMES[router]: studies.arm("compare", router) for router in ("GatedDense", "Switch", "TopK", "BASE")}
     for gate in ("centred_sigmoid", "twice_sigmoid", "softmax", "one"):
         arms[f"base, gate {gate}"] = studies.arm("gate", "BASE", router__gate=gate)
@@ -236,18 +286,28 @@ def openness(studies: Studies) -> Rows:
         )
     confidence = "train_step/router_confidence/mean"
     for name, arm in arms.items():
-        alike = plain(mean(arm, cosine), 2) if name.startswith("base") else ""
+        long, alike = [plain(mean(arm, read), 2) for read in (length, cosine)] if name.startswith("base") else ["", ""]
         ends = (plain(mean(arm, read), 3) for read in (at(confidence, 0), last(confidence)))
-        rows.append([name, *ends, alike, plain(mean(arm))])
+        rows.append([name, *ends, long, alike, plain(mean(arm))])
     return rows
 
 
 def centroids(run: Run) -> Tensor:
     """The centroids of the first sparse layer at the end, [E, D]."""
-    newest = checkpoints(run.path / "checkpoints")[0]
-    state = VerifiedCheckpointIO().load_checkpoint(newest)["state_dict"]
+    found_there = checkpoints(run.path / "checkpoints")
+    if not found_there:
+        raise MissingError(f"{run.path} has no checkpoint")
+    try:
+        state = VerifiedCheckpointIO().load_checkpoint(found_there[0])["state_dict"]
+    except CheckpointError as error:
+        raise MissingError(str(error)) from error
     found: Tensor = next(value for name, value in state.items() if name.endswith("router.centroids"))
     return found.double()
+
+
+def length(run: Run) -> float:
+    """The mean length of a centroid."""
+    return float(centroids(run).norm(dim=-1).mean())
 
 
 def cosine(run: Run) -> float:
@@ -259,6 +319,7 @@ def cosine(run: Run) -> float:
 
 TABLES: dict[str, Callable[[Studies], Rows]] = {
     "compared": compared,
+    "seeds": seeds,
     "movement": movement,
     "openness": openness,
     "gates": gates,
@@ -271,7 +332,7 @@ TABLES: dict[str, Callable[[Studies], Rows]] = {
     "numbers": numbers,
     "places": places,
     "groups": groups,
-    "loss_weights": loss_weights,
+    "shuffles": shuffles,
     "longer": longer,
     "replayed": replayed,
     "english": lambda studies: compared(studies, "english"),

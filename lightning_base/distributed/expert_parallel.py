@@ -125,7 +125,8 @@ class ExpertParallelStrategy(SavesTogether, DDPStrategy):
         state: dict[str, Any] = super().optimizer_state(optimizer)
         by_index = {i: {key: whole(value) for key, value in moments.items()} for i, moments in state["state"].items()}
         # How this strategy computes is no part of what is saved.
-        return {"param_groups": [{**group, "foreach": None} for group in state["param_groups"]], "state": by_index}
+        way = {key: optimizer.defaults[key] for key in ("foreach", "fused")}
+        return {"param_groups": [{**group, **way} for group in state["param_groups"]], "state": by_index}
 
     def expert_parts(self, checkpoint: dict[str, Any]) -> dict[str, Any]:
         sharded = self._sharded
@@ -172,7 +173,7 @@ class ExpertParallelStrategy(SavesTogether, DDPStrategy):
         """Keeps torch from one call for many tensors where some are distributed and some are not."""
         for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
             if len({isinstance(parameter, DTensor) for parameter in group["params"]}) > 1:
-                group["foreach"] = False
+                group["foreach"] = group["fused"] = False
 
     @property
     def _sharded(self) -> dict[str, range]:

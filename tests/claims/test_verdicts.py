@@ -106,7 +106,8 @@ def test_a_claim_that_the_numbers_contradict_does_not_hold(studies: Studies) -> 
     # BASE is 0.5, 0.4 and 0.6 above top-2.
     judged = one_large_layer(studies)
     assert judged.verdict is Verdict.FAILS
-    assert judged.rows[2][2].startswith("+0.5000 [+0.2516, +0.7484]")
+    assert judged.rows[0] == ["arm", "parameters", "FLOPs a token", "loss", "BASE minus it"]
+    assert judged.rows[2][4].startswith("+0.5000 [+0.2516, +0.7484]")
 
 
 def test_the_page_keeps_what_has_not_run_and_says_so(studies: Studies, tmp_path: Path) -> None:
@@ -124,6 +125,48 @@ def test_the_page_keeps_what_has_not_run_and_says_so(studies: Studies, tmp_path:
     assert "\nold\n" in text
     assert text.startswith("before")
     assert text.endswith("after")
+
+
+def test_the_page_says_of_which_commit_the_runs_are(studies: Studies, tmp_path: Path) -> None:
+    for seed in (1, 2):
+        changes = {"model.shuffle_tokens": seed == 2}
+        write_run(tmp_path / "gate" / str(seed), seed=seed, changes=changes, manifest={"git_commit": "e" * 40})
+    page = tmp_path / "claims.md"
+    page.write_text("<!-- begin conditions -->\n<!-- end conditions -->\n<!-- begin asked -->\n<!-- end asked -->\n")
+    tables = {"asked": lambda studies: [["losses"], *[[str(run.seed)] for run in studies.experiment("gate")]]}
+    assert fill(page, [], tables, studies) == []
+    own = str(studies.experiment("compare")[0].manifest["git_commit"])[:12]
+    assert f"code at commit {own}, " in page.read_text()
+    assert " At commit eeeeeeeeeeee: gate." in page.read_text()
+
+
+def test_a_checkpoint_that_cannot_be_read_leaves_its_table_as_it_was(studies: Studies, tmp_path: Path) -> None:
+    """Such as one in a single file, which an older version wrote."""
+    run = studies.arm("compare", "BASE")[1]
+    with pytest.raises(MissingError, match="BASE_1 has no checkpoint"):
+        why.centroids(run)
+    (run.path / "checkpoints").mkdir()
+    (run.path / "checkpoints" / "step_4.ckpt").write_bytes(b"an older format")
+    with pytest.raises(MissingError, match=r"step_4\.ckpt is a single file"):
+        why.centroids(run)
+
+
+def test_what_shuffling_changes_is_a_difference_of_pairs(tmp_path: Path) -> None:
+    for group in (2, 4, 8):
+        for router, on, losses in (
+            ("BASE", False, (5.0, 5.0, 5.0)),
+            ("BASE", True, (5.1, 5.2, 5.3)),
+            ("Switch", False, (4.0, 4.1, 4.2)),
+            ("Switch", True, (4.0, 4.1, 4.2)),
+        ):
+            for seed, loss in enumerate(losses, 1):
+                changes = {"data.routing_group": group, "model.shuffle_tokens": on}
+                write_run(tmp_path / "shuffle" / f"{router}{group}{on}{seed}", router, loss, seed=seed, changes=changes)
+    rows = why.shuffles(Studies(tmp_path))
+    assert len(rows) == 7
+    # 0.1, 0.2, 0.3: 0.2 -+ 4.3027 * 0.1 / sqrt(3). Switch drops 3 of 16 in both.
+    assert rows[1] == ["2", "base", "5.0000 ± 0.0000", "+0.2000 [-0.0484, +0.4484]", "", ""]
+    assert rows[2][4:] == ["18.8 ± 0.0", "+0.0 [+0.0, +0.0]"]
 
 
 def test_arms_are_held_against_one_with_corrected_p_values(studies: Studies) -> None:
