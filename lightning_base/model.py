@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from lightning_base.moe.experts import ACTIVATIONS, Activation, Experts
+from lightning_base.moe.experts import ACTIVATIONS, Activation, Experts, share_of
 from lightning_base.moe.layer import SparseLayer
 from lightning_base.moe.shuffle import Shuffle
 from lightning_base.routing.plan import RoutingPlan
@@ -125,6 +125,7 @@ class Transformer(SparseModel):
         shuffle_tokens: in training, tokens are dealt out at random to the routing groups of the step, or of each so
             many of its sequences; see ``Shuffle``.
         checkpoint_activations: recompute the blocks in the backward pass instead of storing them.
+        expert_share: which of how many ranks this is among those that share the experts.
     """
 
     blocks: nn.ModuleDict
@@ -149,6 +150,7 @@ class Transformer(SparseModel):
         router_norm: bool = True,
         shuffle_tokens: bool | int = False,
         checkpoint_activations: bool = False,
+        expert_share: tuple[int, int] = (0, 1),
     ) -> None:
         super().__init__()
         self.checkpoint_activations = checkpoint_activations
@@ -169,6 +171,7 @@ class Transformer(SparseModel):
                 hidden_width=hidden_width,
                 sublayers=sublayers,
                 activation=activation,
+                held=share_of(router.num_experts, *expert_share),
             )
             shuffle = None
             if shuffle_tokens is not False:

@@ -20,7 +20,7 @@ from lightning_base.instantiation import instantiate
 from lightning_base.metrics.language_model import LanguageModelLoss
 from lightning_base.model_options import read_model
 from lightning_base.moe.exchange import Exchange
-from lightning_base.moe.layer import set_evaluation_mode
+from lightning_base.moe.layer import SparseLayer, set_evaluation_mode
 from lightning_base.non_finite import NonFiniteError, first_not_finite
 from lightning_base.optimization import learning_rate, make_optimizer
 from lightning_base.program.checkpoint import PARAMETER_NAMES
@@ -61,6 +61,7 @@ class LanguageModel(pl.LightningModule):
         attend_across_documents: False: a position sees only its own document.
         compile: torch.compile on the inner model.
         activation_checkpointing: recompute blocks in the backward pass.
+        expert_share: which of how many ranks this is among those that share the experts; the others' are not made here.
 
     Attributes:
         plans: the RoutingPlan of each sparse layer in the last forward pass, detached.
@@ -87,10 +88,11 @@ class LanguageModel(pl.LightningModule):
         attend_across_documents: bool = True,
         compile: bool = False,
         activation_checkpointing: bool = False,
+        expert_share: tuple[int, int] = (0, 1),
     ) -> None:
         super().__init__()
         # Plain containers only: a checkpoint must load with weights_only=True.
-        self.save_hyperparameters()
+        self.save_hyperparameters(ignore="expert_share")
 
         options = read_model(model)
 
@@ -107,6 +109,7 @@ class LanguageModel(pl.LightningModule):
             make_router=make_router,
             routing_group=routing_group,
             checkpoint_activations=activation_checkpointing,
+            expert_share=expert_share,
         )
         self.optimizer_options = dict(optimizer)
         self.max_steps = max_steps
@@ -125,6 +128,19 @@ class LanguageModel(pl.LightningModule):
         self._step_sums: dict[str, Tensor] = {}
         self._router_sums: dict[str, dict[str, Tensor]] = {}
         self._step_counts: StepCounts = {}
+
+    @property
+    def expert_parameters(self) -> dict[str, SparseLayer]:
+        """The parameters of experts, by their names in the state dict, with their layers."""
+        names = {parameter: name for name, parameter in self.named_parameters()}
+        layers = self.model.sparse_layers.values()
+        return {names[parameter]: layer for layer in layers for parameter in layer.experts.parameters()}
+
+    def whole_shapes(self) -> dict[str, torch.Size]:
+        """The shapes of all that is in the state dict, with the experts of all ranks."""
+        layers, state = self.expert_parameters, self.state_dict()
+        experts = {name: torch.Size([layers[name].experts.num_experts, *state[name].shape[1:]]) for name in layers}
+        return {name: value.shape for name, value in state.items()} | experts
 
     def setup(self, stage: str) -> None:
         """Takes from the data, if it knows them, the bytes of each token, for bits per byte, and its frequency.

@@ -4,11 +4,11 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from lightning_base.check_router import Subject
-from lightning_base.check_router.subject import VOCABULARY, WIDTH, decisions, groups_of, random_tokens
+from lightning_base.check_router import Subject, subject
+from lightning_base.check_router.subject import VOCABULARY, WIDTH, groups_of, random_tokens
 from lightning_base.instantiation import instantiate
 from lightning_base.model import initialize
-from lightning_base.routing import Router
+from lightning_base.routing import Router, RoutingPlan
 
 __all__ = ["VOCABULARY", "WIDTH", "decisions", "groups_of", "random_tokens"]
 
@@ -28,6 +28,11 @@ def build_router(name: str, width: int = WIDTH, seed: int = 0, **options: object
     router = instantiate(options_of(name, **options), "router", Router, width=width, vocab_size=VOCABULARY)
     initialize(router, seed)
     return router
+
+
+def decisions(plan: RoutingPlan) -> list[list[tuple[int, float]]]:
+    """For every token its experts with their gates, rounded to what is compared."""
+    return [[(expert, round(gate, 5)) for expert, gate in found] for found in subject.decisions(plan)]
 
 
 def subject_of(name: str, **options: object) -> Subject:

@@ -195,3 +195,38 @@ def test_the_command_answers_with_one_sentence_and_exit_code_2_before_it_writes_
     assert sentence in done.stderr
     assert len(done.stderr.splitlines()) == 1
     assert not (site / "runs").exists()
+
+
+@pytest.mark.parametrize("way", ["--config-dir", "hydra.searchpath"])
+def test_a_file_with_the_name_of_one_of_ours_is_refused_by_both_names(way: str, tmp_path: Path) -> None:
+    theirs = tmp_path / "my_conf" / "router" / "base.yaml"
+    theirs.parent.mkdir(parents=True)
+    theirs.write_text("_target_: declared_package.MyRouter\noffset: 3\n")
+    where = (
+        [f"--config-dir={tmp_path / 'my_conf'}"] if way == "--config-dir" else [f"{way}=[file://{tmp_path}/my_conf]"]
+    )
+    # Hydra would read ours, in which there is no such option.
+    done = program.train(*where, "router=base", "router.offset=4", f"runs_dir={tmp_path}/runs")
+    assert done.returncode == 2, done.stderr
+    (line,) = done.stderr.splitlines()
+    ours = program.REPOSITORY / "lightning_base" / "conf" / "router" / "base.yaml"
+    assert line == (
+        f"error: router=base stands in {ours} and in {theirs}, and only the first would be read: give yours another "
+        "name, as router/my_base.yaml"
+    )
+    assert not (tmp_path / "runs").exists()
+
+
+def test_files_with_names_of_their_own_and_copies_of_ours_are_no_shadows(tmp_path: Path) -> None:
+    ours = program.REPOSITORY / "conf"
+    (tmp_path / "router").mkdir()
+    (tmp_path / "router" / "mine.yaml").write_text("num_experts: 4\n")
+    (tmp_path / "router" / "base.yaml").write_bytes((ours / "router" / "base.yaml").read_bytes())
+    plugins.refuse_shadowed(
+        ["-cd", str(tmp_path), "-m", "router=mine,base", "+hydra.searchpath=[pkg://some.conf]"], ours
+    )
+    (tmp_path / "router" / "base.yaml").write_text("num_experts: 4\n")
+    # Whose folder is the first is read first.
+    plugins.refuse_shadowed([f"--config-path={tmp_path}", f"hydra.searchpath=[file://{ours}]"], ours)
+    with pytest.raises(ConfigError, match="router=base stands in"):
+        plugins.refuse_shadowed([f"hydra.searchpath=[pkg://some.conf,{tmp_path}]"], ours)

@@ -47,6 +47,26 @@ def test_every_expert_starts_as_the_one_of_the_dense_arm(
             assert torch.equal(value.to(drawn[name].dtype), drawn[name])
 
 
+@pytest.mark.parametrize("source", ["dense", "switch"])
+def test_a_rank_that_shares_the_experts_starts_with_its_own(
+    source: str, dense: tuple[LanguageModel, Path], tmp_path: Path
+) -> None:
+    options = {"gate": "one", "capacity_factor": None}
+    trained = language_model("switch", max_steps=1, router_options=options)
+    with torch.no_grad():
+        for parameter in trained.parameters():
+            parameter.normal_(generator=torch.Generator().manual_seed(2))
+    path = dense[1] if source == "dense" else save(trained, tmp_path / "step_1.ckpt")
+    whole = language_model("switch", max_steps=1, router_options=options)
+    load_weights(whole, path)
+    for rank in range(2):
+        part = language_model("switch", max_steps=1, router_options=options, expert_share=(rank, 2))
+        load_weights(part, path)
+        for name, value in part.state_dict().items():
+            expected = whole.state_dict()[name]
+            assert torch.equal(value, expected[4 * rank :][:4] if name in part.expert_parameters else expected), name
+
+
 def test_a_checkpoint_that_is_no_dense_arm_of_this_model_is_refused(
     dense: tuple[LanguageModel, Path], tmp_path: Path
 ) -> None:

@@ -77,13 +77,15 @@ class Certificate(pl.Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         # Before a checkpoint is restored: a resumed run starts from the same initial weights.
-        if stage != "fit" or not trainer.is_global_zero:
+        if stage != "fit":
             return
         assert isinstance(pl_module, LanguageModel)
-        experts = [item for layer in pl_module.model.sparse_layers.items() for item in named_experts(*layer)]
+        experts = experts_fingerprint(pl_module)
+        if not trainer.is_global_zero:
+            return
         self.run.write_manifest(
             initial_weights_fingerprint=weights_fingerprint(shared_parameters(pl_module.model)),
-            initial_expert_weights_fingerprint=weights_fingerprint(iter(experts)),
+            initial_expert_weights_fingerprint=experts,
         )
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -107,9 +109,8 @@ class Certificate(pl.Callback):
             "corpus": prepared.statistics,
         }
         self.run.write_manifest(**certificate, ledger=ledger)
-        writer = tensorboard_writer(trainer)
-        # A run that goes on has them already.
-        if writer is not None and not trainer.global_step:
+        writer = tensorboard_writer(trainer, only_new=True)
+        if writer is not None:
             manifest = self.run.manifest()
             cards = {"ledger": manifest.pop("ledger"), "configuration": manifest.pop("config"), "certificate": manifest}
             for tag, values in cards.items():
@@ -152,6 +153,7 @@ class Certificate(pl.Callback):
             "capacity_factor": getattr(router, "capacity_factor", None),
             "asks_for_fewer": router.asks_for_fewer,
             "causal_in_training": router.causal,
+            "straight_through": router.straight_through,
             "evaluation_modes": dict(router.evaluation_modes),
             "parameters": total,
             "active_parameters": total - experts + experts * router.top_k // router.num_experts,
@@ -162,9 +164,16 @@ class Certificate(pl.Callback):
         }
 
 
-def named_experts(layer_name: str, layer: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:
-    """The parameters of a sparse layer's experts."""
-    return [(f"{layer_name}.{n}", p) for n, p in layer.named_parameters() if n.startswith("experts.")]
+def experts_fingerprint(module: LanguageModel) -> str:
+    """SHA-256 over that of every expert, whichever rank holds it; every rank has to ask."""
+    parameters = dict(module.named_parameters())
+    digests = {
+        (name, expert): weights_fingerprint(iter([(name, torch.nn.Parameter(value.detach(), requires_grad=False))]))
+        for name, layer in module.expert_parameters.items()
+        for expert, value in zip(layer.experts.held, parameters[name], strict=True)
+    }
+    merged = {key: digest for of_rank in over_ranks(digests) for key, digest in of_rank.items()}
+    return hashlib.sha256(repr(sorted(merged.items())).encode()).hexdigest()
 
 
 def git_commit() -> str | None:

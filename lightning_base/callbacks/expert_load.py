@@ -53,7 +53,8 @@ class ExpertLoadLogger(pl.Callback):
         # By stage: validation may come between two micro batches of a step.
         self.metrics: dict[str, ExpertLoad] = {}
         self._steps_before = 0
-        # Columns of the heatmaps by their tag.
+        # Columns of the heatmaps by their tag, and the layers that one of them shows.
+        self._layers: list[str] = []
         self._history: dict[str, list[tuple[int, np.ndarray]]] = {}
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -103,12 +104,13 @@ class ExpertLoadLogger(pl.Callback):
     def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._record(trainer, name_of_test(pl_module), "pass", trainer.global_step)
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # A run that goes on after its last step trains no more, and has no end of training.
         writer = tensorboard_writer(trainer)
         if writer is not None:
             for tag, history in self._history.items():
-                layers = self.metrics["train"].layers if tag == BY_LAYER else None
-                writer.add_figure(tag, heatmap(history, layers), trainer.global_step)
+                figure = heatmap(history, self._layers if tag == BY_LAYER else None)
+                writer.add_figure(tag, figure, trainer.global_step)
 
     def _update(self, trainer: pl.Trainer, stage: str, plans: dict[str, RoutingPlan]) -> None:
         if stage not in self.metrics or self.metrics[stage].layers != list(plans):
@@ -145,6 +147,7 @@ class ExpertLoadLogger(pl.Callback):
                 self._history.setdefault(f"expert_load_over_time/{layer}", []).append((step, load_E.numpy() / even))
         if stage == "train":
             vio_N = np.array([values[f"train_step/max_vio/demand/{layer}"] for layer in metric.layers])
+            self._layers = metric.layers
             self._history.setdefault(BY_LAYER, []).append((step, vio_N))
 
     def _write(self, metric: ExpertLoad, step: int, stage: str, demand: Tensor, load: Tensor) -> None:
@@ -161,10 +164,21 @@ class ExpertLoadLogger(pl.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         # Of all ranks: Lightning builds checkpoints on every rank and keeps the first rank's.
-        return {"totals": self.combined_totals()}
+        # One tensor for each heatmap: a tensor per step would be as many parts of a file.
+        history = {
+            tag: ([step for step, _ in columns], torch.from_numpy(np.stack([column for _, column in columns])))
+            for tag, columns in self._history.items()
+        }
+        return {"totals": self.combined_totals(), "layers": self._layers, "history": history}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.totals = {name: 0 if rank() else int(total) for name, total in state_dict["totals"].items()}
+        # Checkpoints from before these were kept have none.
+        self._layers = state_dict.get("layers", [])
+        self._history = {
+            tag: list(zip(steps, columns.numpy().copy(), strict=True))
+            for tag, (steps, columns) in state_dict.get("history", {}).items()
+        }
 
     def combined_totals(self) -> dict[str, int]:
         """Tokens, assignments and dropped assignments over all ranks; every rank has to ask."""

@@ -81,8 +81,8 @@ class Preemption(pl.Callback):
 class PeriodicCheckpoint(pl.Callback):
     """Saves every n steps and at the end, before the validation of that step; a run that resumes does that first.
 
-    A checkpoint comes after all rows that its step has logged, and knows how long the log files were: those are cut
-    there when a run resumes, so that no row is lost or doubled.
+    A checkpoint comes after all rows and events that its step has logged, and knows how long their files were: those
+    are cut there when a run resumes, so that nothing is lost or doubled.
 
     Args:
         run: where checkpoints go.
@@ -161,7 +161,13 @@ def save(trainer: pl.Trainer, module: LanguageModel, run: RunDirectory, keep: in
     # Ranks may hold different experts, and have to agree.
     if not trainer.strategy.reduce_boolean_decision(finite):
         return  # the next step will fail, and name the checkpoint before this one
-    on_all_ranks(run.sync_logs if trainer.is_global_zero else lambda: None, f"the logs in {run.path} cannot be written")
+
+    def write_logs() -> None:
+        for logger in trainer.loggers:
+            logger.save()  # TensorBoard's holds back what it is given
+        run.sync_logs()
+
+    on_all_ranks(write_logs if trainer.is_global_zero else lambda: None, f"the logs in {run.path} cannot be written")
     trainer.save_checkpoint(path)
     module.unproven_checkpoint = str(path)
     if trainer.is_global_zero and keep is not None:

@@ -13,6 +13,8 @@ import pytorch_lightning as pl
 from pytorch_lightning.loggers import TensorBoardLogger
 from torch.utils.tensorboard import SummaryWriter
 
+from lightning_base.program.run_directory import EVENTS
+
 # Category, chart, and the scalar that it shows, with a line per run. If not said otherwise these are means over layers
 # of what was asked for, in training of a routing group or a step, in validation of the whole pass.
 LAYOUT = {
@@ -44,9 +46,13 @@ class Board(TensorBoardLogger):
 
     Args:
         directory: the run directory; events go to its ``tensorboard/``.
+
+    Attributes:
+        is_new: whether nothing is there yet; a run that goes on has its cards and its arrangement.
     """
 
     def __init__(self, directory: Path) -> None:
+        self.is_new = not any(directory.glob(EVENTS))
         super().__init__(directory, name="", version="tensorboard", default_hp_metric=False)
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
@@ -59,9 +65,8 @@ class Arrangement(pl.Callback):
     """Lays out the custom scalars: a chart per question, in which TensorBoard overlays all runs."""
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        writer = tensorboard_writer(trainer)
-        # A run that goes on has it already.
-        if writer is not None and not trainer.global_step:
+        writer = tensorboard_writer(trainer, only_new=True)
+        if writer is not None:
             writer.add_custom_scalars(
                 {
                     title: {chart: ["Multiline", [f"^{tag}$"]] for chart, tag in by.items()}
@@ -84,10 +89,12 @@ def shown_layers(layers: Sequence[str]) -> list[str]:
     return [layers[i] for i in sorted({0, len(layers) // 2, len(layers) - 1})]
 
 
-def tensorboard_writer(trainer: pl.Trainer) -> SummaryWriter | None:
-    """The TensorBoard writer of this process, if it has one."""
+def tensorboard_writer(trainer: pl.Trainer, *, only_new: bool = False) -> SummaryWriter | None:
+    """The TensorBoard writer of this process, if it has one; with ``only_new`` that of a run which does not go on."""
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
+            if only_new and isinstance(logger, Board) and not logger.is_new:
+                continue
             experiment = logger.experiment
             assert isinstance(experiment, SummaryWriter)
             return experiment

@@ -10,6 +10,7 @@ from lightning_base.check_router.edges import few_or_equal_tokens, not_a_number
 from lightning_base.check_router.gradient import auxiliary_losses, gate_gradient
 from lightning_base.check_router.groups import groups
 from lightning_base.check_router.load import equal_loads, load, step_sums
+from lightning_base.check_router.needs import needs
 from lightning_base.check_router.padding import padding
 from lightning_base.check_router.plan import empty_groups, plan
 from lightning_base.check_router.precision import float64, mixed_precision
@@ -28,6 +29,7 @@ ALL: tuple[Check, ...] = (
     empty_groups,
     repetition,
     groups,
+    needs,
     causality,
     load,
     equal_loads,
@@ -44,6 +46,9 @@ ALL: tuple[Check, ...] = (
     few_or_equal_tokens,
     not_a_number,
 )
+
+# After which two ranks that do not answer are ended; a machine that runs tests may be a busy one.
+SECONDS = 120.0
 
 
 @dataclass(frozen=True)
@@ -69,5 +74,5 @@ def checks(router: type[Router] | str, **options: Any) -> list[Asked]:
         options: of its ``__init__``; ``num_experts`` is 8 unless given, or unless it has a default.
     """
     target = router if isinstance(router, str) else f"{router.__module__}.{router.__qualname__}"
-    subject = Subject(target, options)
+    subject = Subject(target, options, seconds=SECONDS)
     return [Asked(check, subject) for check in ALL]

@@ -1,21 +1,25 @@
 """How a router is made: its options, its parameters, and what it refuses."""
 
-import inspect
 import math
 import typing
 
 import torch
+from torch import Tensor
 
 from lightning_base.check_router.check import Broken, NotAsked, check
-from lightning_base.check_router.subject import Subject
+from lightning_base.check_router.load import add_up
+from lightning_base.check_router.plan import well_formed
+from lightning_base.check_router.subject import Subject, groups_of, random_tokens, route, width_for
 from lightning_base.instantiation import describe
+from lightning_base.routing.router import Router
 
 OTHER_NUMBERS = (1, 2, 3, 16)
+NO_CHOICE = "no_such_choice"
 
 
 @check
 def construction(subject: Subject) -> None:
-    """It is ready once it is built, and takes other numbers of experts or refuses them in a sentence."""
+    """It is ready once it is built, and works with other numbers of experts or refuses them in a sentence."""
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)  # memory that nobody has written to is NaN
     try:
@@ -33,21 +37,38 @@ def construction(subject: Subject) -> None:
             f"built with {dict(subject.options)} it has num_experts={router.num_experts}: hand num_experts on to "
             "super().__init__(num_experts=num_experts)"
         )
-    if "num_experts" not in subject.parameters:
+    for option in ("num_experts", "top_k"):
+        for number in OTHER_NUMBERS if option in subject.parameters else ():
+            other_number(subject, option, number)
+
+
+def other_number(subject: Subject, option: str, number: int) -> None:
+    """Builds it with another number of experts, or of experts for each token, and routes a few tokens."""
+    given = f"{option}={number}"
+    try:
+        other = subject.make(**{option: number})
+    except ValueError as error:
+        refused_in_one_sentence(error, given)
         return
-    for number in OTHER_NUMBERS:
-        try:
-            other = subject.make(num_experts=number)
-        except ValueError as error:
-            refused_in_one_sentence(error, f"num_experts={number}")
-            continue
-        except Exception as error:
-            raise Broken(
-                f"with num_experts={number} it raised {type(error).__name__}: {error}; build it, or raise ValueError "
-                "with one sentence"
-            ) from error
-        if other.num_experts != number:
-            raise Broken(f"built with num_experts={number} it has num_experts={other.num_experts}")
+    except Exception as error:
+        raise Broken(
+            f"with {given} it raised {type(error).__name__}: {error}; build it, or raise ValueError with one sentence"
+        ) from error
+    if getattr(other, option) != number:
+        raise Broken(
+            f"built with {given} it has {option}={getattr(other, option)}: hand {option} on to super().__init__()"
+        )
+    router = subject.build(**{option: number})
+    size, width = 4 * router.num_experts, width_for(subject.options.get("num_experts", number))
+    try:
+        plan = route(router, *random_tokens(size, width=width), groups_of(size))
+    except Exception as error:
+        raise Broken(
+            f"built with {given} it raised {type(error).__name__} when it routed: {error}; go by self.{option}, or "
+            "refuse the number in __init__"
+        ) from error
+    well_formed(plan, router, f"built with {given},")
+    add_up(plan, router, f"built with {given},")
 
 
 @check
@@ -59,12 +80,12 @@ def refusals(subject: Subject) -> None:
     if "top_k" in subject.parameters:
         impossible += [("top_k", 0), ("top_k", subject.router.num_experts + 1)]
     hints = typing.get_type_hints(subject.kind.__init__)
-    impossible += [
-        (name, math.nan)
-        for name, parameter in subject.parameters.items()
-        if float in (hints.get(name), *typing.get_args(hints.get(name)))
-        and parameter.kind is inspect.Parameter.KEYWORD_ONLY
-    ]
+    for name, parameter in subject.parameters.items():
+        kinds = (hints.get(name), *typing.get_args(hints.get(name)))
+        if float in kinds:
+            impossible.append((name, math.nan))
+        elif str in kinds and isinstance(parameter.default, str):
+            impossible.append((name, NO_CHOICE))
     for name, value in impossible:
         try:
             subject.make(**{name: value})
@@ -111,19 +132,21 @@ def refused_in_one_sentence(error: ValueError, given: str) -> None:
 @check
 def initial_parameters(subject: Subject) -> None:
     """What is drawn at first depends on the seed and on nothing else."""
-    if not list(subject.router.parameters()):
-        raise NotAsked("it has no parameters")
+    if not held(subject.router):
+        raise NotAsked("it has no parameters and no buffers")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
-        one = subject.build(seed=7)
+        one = subject.draw(seed=7)
         torch.manual_seed(2)
-        same, other = subject.build(seed=7), subject.build(seed=8)
-    for (name, first), second, third in zip(one.named_parameters(), same.parameters(), other.parameters(), strict=True):
-        if not torch.equal(first, second):
+        same, other = subject.draw(seed=7), subject.draw(seed=8)
+    twice = held(same)
+    for name, value in held(one).items():
+        if not torch.equal(value, twice[name]):
             raise Broken(
-                f"its parameter {name} was drawn differently twice from one seed: draw it in reset_parameters with "
-                "torch's global generator, and there alone"
+                f"{name} was drawn differently twice from one seed: draw it in reset_parameters with torch's global "
+                "generator, and there alone"
             )
+    for (name, first), third in zip(one.named_parameters(), other.parameters(), strict=True):
         # Some papers start a matrix at zero, or every gain at one.
         if torch.equal(first, third) and len(first.unique()) > 1:
             raise Broken(
@@ -132,3 +155,8 @@ def initial_parameters(subject: Subject) -> None:
             )
         if not bool(torch.isfinite(first).all()):
             raise Broken(f"reset_parameters leaves {name} with numbers that are not finite")
+
+
+def held(router: Router) -> dict[str, Tensor]:
+    """Its parameters and buffers."""
+    return {**dict(router.named_parameters()), **dict(router.named_buffers())}

@@ -7,7 +7,7 @@ from lightning_base.check_router.check import Broken, check
 from lightning_base.check_router.construction import refused_in_one_sentence
 from lightning_base.check_router.load import add_up
 from lightning_base.check_router.plan import well_formed
-from lightning_base.check_router.subject import Subject, groups_of, route
+from lightning_base.check_router.subject import Subject, groups_of, route, seeded
 from lightning_base.routing.plan import RoutingPlan
 from lightning_base.routing.router import Router
 
@@ -27,10 +27,14 @@ def few_or_equal_tokens(subject: Subject) -> None:
             f"{8 * experts} tokens that are all alike": alike,
             f"{8 * experts} tokens that are all zero": (zeros, ids),
         }.items():
-            plan = tried(router, *case, f"in {way}, given {given},")
-            if plan is not None:
-                well_formed(plan, router, f"in {way}, given {given},")
-                add_up(plan, router, f"in {way}, given {given},")
+            what = f"in {way}, given {given},"
+            plan = tried(router, *case, what)
+            if plan is None:
+                continue
+            well_formed(plan, router, what)
+            add_up(plan, router, what)
+            if plan.weight.requires_grad:
+                finite_gradients(router, *case, what)
 
 
 @check
@@ -56,6 +60,19 @@ def not_a_number(subject: Subject) -> None:
                             f"{given} {name}_index holds {outside[0]}, with {end} {name}s: raise ValueError with one "
                             "sentence, or choose among those there are"
                         )
+
+
+def finite_gradients(router: Router, tokens: Tensor, ids: Tensor, given: str) -> None:
+    """Raises ``Broken`` for a gradient of the gates that would end a run."""
+    tokens, learning = tokens.clone().requires_grad_(), [p for p in router.parameters() if p.requires_grad]
+    with seeded():
+        total = router(tokens, ids, groups_of(len(tokens))).weight.sum()
+    for gradient in torch.autograd.grad(total, [tokens, *learning], allow_unused=True):
+        if gradient is not None and not bool(torch.isfinite(gradient).all()):
+            raise Broken(
+                f"{given} the gradient of its gates is not finite: keep roots and quotients away from 0, where their "
+                "values may be finite and their slopes are not"
+            )
 
 
 def tried(router: Router, tokens: Tensor, ids: Tensor, given: str) -> RoutingPlan | None:

@@ -10,11 +10,12 @@ from torch import Tensor
 
 from lightning_base.check_router.check import Broken, NotAsked, check
 from lightning_base.check_router.plan import SIZES, WITH_EMPTY_GROUPS, plans_of
-from lightning_base.check_router.subject import Subject, groups_of, route
+from lightning_base.check_router.subject import Subject, brief, groups_of, route
 from lightning_base.routing.plan import RoutingPlan
 from lightning_base.routing.router import Router
 
-EVEN = ((64,), (32, 32), (16, 64))
+# Tokens of each group: so many for each expert, and so many more. The last divide evenly together, not group by group.
+SHARES = (((8, 0),), ((4, 0), (4, 0)), ((2, 0), (8, 0)), ((5, 1),), ((2, 1), (4, 0)), ((4, 1), (2, -1)))
 
 
 @check
@@ -54,8 +55,8 @@ def equal_loads(subject: Subject) -> None:
     """Where a plan says equal_loads, every expert serves equally many tokens, and would of any others."""
     declared = False
     for way, router in subject.ways():
-        for sizes in EVEN:
-            groups = groups_of(*(size * subject.scale for size in sizes))
+        for shares in SHARES:
+            groups = groups_of(*(share * router.num_experts + more for share, more in shares))
             tokens, ids = subject.tokens(groups.num_tokens)
             alike = tokens[:1].expand_as(tokens).contiguous(), ids[:1].expand_as(ids).contiguous()
             plans = {
@@ -88,18 +89,22 @@ def step_sums(subject: Subject) -> None:
         whole = summed(router, route(router, tokens, ids, groups_of(*sizes)))
         parts = [
             summed(router, route(router, part, part_ids, groups_of(len(part))))
-            for part, part_ids in zip(tokens.split(sizes), ids.split(sizes), strict=True)
+            # The last is of a rank whose share of the step is all padding.
+            for part, part_ids in zip(tokens.split((*sizes, 0)), ids.split((*sizes, 0)), strict=True)
         ]
         if not whole and not any(parts):
             raise NotAsked("it hands nothing on from step_sums")
         for name, value in whole.items():
             if any(name not in part for part in parts):
                 raise Broken(f"step_sums gave {name} of some passes and not of others: give it always")
+            shapes = {tuple(part[name].shape) for part in parts} | {tuple(value.shape)}
+            if len(shapes) > 1:
+                raise Broken(f"step_sums gave {name} in the shapes {sorted(shapes)}: the same for every pass is wanted")
             total = torch.stack([part[name].double() for part in parts]).sum(0)
             if not torch.allclose(total, value.double(), rtol=1e-5, atol=1e-8):
                 raise Broken(
-                    f"step_sums gave {name}={told(value)} of three groups at once, and {told(total)} as the sum over "
-                    "three passes of one group each: give sums, and divide in end_step"
+                    f"step_sums gave {name}=[{brief(value)}] of three groups at once, and [{brief(total)}] as the sum "
+                    "over three passes of one group each and one without tokens: give sums, and divide in end_step"
                 )
         if any(not torch.equal(value, before[name]) for name, value in router.state_dict().items()):
             raise Broken("step_sums changed a buffer: change what is remembered in end_step")
@@ -112,8 +117,3 @@ def summed(router: Router, plan: RoutingPlan) -> dict[str, Tensor]:
         if not isinstance(value, Tensor) or value.requires_grad:
             raise Broken(f"step_sums gave {name} as {type(value).__name__} with a gradient or no tensor at all")
     return found
-
-
-def told(value: Tensor) -> str:
-    numbers = [f"{number:.6g}" for number in value.double().flatten().tolist()]
-    return f"[{', '.join([*numbers[:4], '...'] if len(numbers) > 4 else numbers)}]"

@@ -9,7 +9,16 @@ import torch
 from torch import Tensor
 
 from lightning_base.check_router.check import Broken, check
-from lightning_base.check_router.subject import Subject, decisions, first_difference, route, seeded, told, width_for
+from lightning_base.check_router.subject import (
+    Subject,
+    decisions,
+    first_difference,
+    other_loss,
+    route,
+    seeded,
+    told,
+    width_for,
+)
 from lightning_base.moe import Experts, SparseLayer
 from lightning_base.routing.plan import RoutingGroups, RoutingPlan
 from lightning_base.routing.router import Router
@@ -40,11 +49,16 @@ def unmoved(router: Router, padded: RoutingPlan, plain: RoutingPlan, given: str)
     token = first_difference(before, after)
     if token is not None:
         raise Broken(f"{given} token {token} went from {told(before[token])} to {told(after[token])}: {advice}")
-    for name, loss in plain.losses.items():
-        if not torch.allclose(loss, padded.losses[name]):
-            raise Broken(
-                f"{given} its {name} went from {loss.item():.6g} to {padded.losses[name].item():.6g}: {advice}"
-            )
+    changed = other_loss(plain, padded)
+    if changed:
+        raise Broken(f"{given} {changed}: {advice}")
+    for name in ("group_demand", "capacity", "equal_loads"):
+        one, other = (
+            value.tolist() if isinstance(value, Tensor) else value
+            for value in (getattr(plain, name), getattr(padded, name))
+        )
+        if one != other:
+            raise Broken(f"{given} {name} went from {one} to {other}: {advice}")
     for name, value in router.step_sums(plain.detached()).items() if router.training else ():
         other = router.step_sums(padded.detached())[name]
         if not torch.allclose(value.double(), other.double()):

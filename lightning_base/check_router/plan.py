@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_base.check_router.check import Broken, check
-from lightning_base.check_router.subject import Subject, groups_of, route
+from lightning_base.check_router.subject import Subject, decisions, first_difference, groups_of, other_loss, route
 from lightning_base.routing.plan import RoutingPlan
 from lightning_base.routing.router import Router
 
@@ -27,9 +27,17 @@ def plan(subject: Subject) -> None:
 
 @check
 def empty_groups(subject: Subject) -> None:
-    """A batch without tokens, or with groups that have none, is routed too."""
+    """A batch without tokens, or with groups that have none, is routed too, and these groups change nothing."""
     for found, router, given in plans_of(subject, WITH_EMPTY_GROUPS):
         well_formed(found, router, given)
+        sizes = tuple(size for size in found.groups.sizes if size)
+        if not sizes:
+            continue
+        held = route(router, *subject.tokens(sum(sizes)), groups_of(*sizes))
+        loss, token = other_loss(held, found), first_difference(decisions(held), decisions(found))
+        if loss or token is not None:
+            what = f"token {token} was treated differently" if token is not None else loss
+            raise Broken(f"{given} {what} for the groups that have none: average over the groups that hold tokens")
 
 
 def plans_of(subject: Subject, every_sizes: tuple[tuple[int, ...], ...]) -> Iterator[tuple[RoutingPlan, Router, str]]:
@@ -75,6 +83,15 @@ def shapes(plan: RoutingPlan, router: Router, given: str) -> None:
     }
     if plan.capacity is not None:
         wanted["capacity"] = (plan.capacity, [len(groups.sizes)], True)
+    for name, part in plan.step_losses.items():
+        wanted[f"the demand of {name}"] = (part.demand, [experts], True)
+        wanted[f"the probability_sum of {name}"] = (part.probability_sum, [experts], False)
+        if part.num_tokens != plan.num_tokens:
+            raise Broken(f"{given} num_tokens of {name} is {part.num_tokens}: it should be {plan.num_tokens}")
+    if "probabilities" in plan.aux:
+        wanted["aux['probabilities']"] = (plan.aux["probabilities"], [plan.num_tokens, experts], False)
+    if "asked" in plan.aux:
+        wanted["aux['asked']"] = (plan.aux["asked"], [plan.num_tokens], True)
     for name, (tensor, shape, whole) in wanted.items():
         if list(tensor.shape) != shape:
             raise Broken(f"{given} {name} has the shape {list(tensor.shape)}: it should be {shape}")
@@ -101,3 +118,23 @@ def finite(plan: RoutingPlan, router: Router, given: str) -> None:
     for name, value in plan.aux.items():
         if value.requires_grad:
             raise Broken(f"{given} aux[{name!r}] has a gradient: detach() it, or whoever keeps it keeps the graph")
+    gates(plan, given)
+
+
+def gates(plan: RoutingPlan, given: str) -> None:
+    """What alarms and entropies are computed from."""
+    probabilities_TE, asked_T = plan.aux.get("probabilities"), plan.aux.get("asked")
+    if probabilities_TE is not None:
+        sums = [
+            total for total in probabilities_TE.double().sum(1).tolist() if not math.isclose(total, 1, abs_tol=1e-3)
+        ]
+        if sums or bool((probabilities_TE < 0).any()):
+            what = f"a row of aux['probabilities'] sums to {sums[0]:.4g}" if sums else "aux['probabilities'] is below 0"
+            raise Broken(f"{given} {what}: it is a distribution over experts for each token; leave out what is none")
+    if "gates" in plan.aux and bool(((plan.aux["gates"] < 0) | (plan.aux["gates"] > 1)).any()):
+        raise Broken(f"{given} aux['gates'] goes beyond 0 to 1: it holds sigmoids of the experts chosen")
+    if asked_T is not None and int(asked_T.sum()) != int(plan.asked):
+        raise Broken(
+            f"{given} aux['asked'] sums to {int(asked_T.sum())}, and group_demand to {int(plan.asked)}: both count "
+            "what was asked for, before any drop"
+        )

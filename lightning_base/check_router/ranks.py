@@ -18,7 +18,7 @@ from lightning_base.auxiliary_losses import auxiliary_losses, step_counts
 from lightning_base.check_router.apart import Apart, Ended
 from lightning_base.check_router.check import Broken, check
 from lightning_base.check_router.padding import layer_of
-from lightning_base.check_router.subject import Subject, decisions, told
+from lightning_base.check_router.subject import Subject, decisions, differ, told
 from lightning_base.distributed.reduction import rank as own_rank
 from lightning_base.distributed.reduction import sum_over_ranks, world_size
 from lightning_base.moe import SparseLayer
@@ -168,7 +168,7 @@ def compare(one: dict[str, Any], other: dict[str, Any], where: str) -> None:
     """Raises ``Broken`` for the first thing that differs."""
     for step, (first, second) in enumerate(zip(one["steps"], other["steps"], strict=True)):
         for place, decision in first.items():
-            if decision != second[place]:
+            if differ(decision, second[place]):
                 raise Broken(
                     f"in step {step} of training, token {place[1]} of sequence {place[0]} had {told(decision)} when "
                     f"one rank computed the batch at once, and {told(second[place])} {where}: go by the routing group "

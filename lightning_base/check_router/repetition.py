@@ -5,7 +5,16 @@ import copy
 import torch
 
 from lightning_base.check_router.check import Broken, check
-from lightning_base.check_router.subject import Subject, decisions, first_difference, groups_of, told
+from lightning_base.check_router.subject import (
+    Subject,
+    brief,
+    decisions,
+    first_difference,
+    groups_of,
+    losses_of,
+    set_way,
+    told,
+)
 from lightning_base.routing.plan import RoutingPlan
 
 
@@ -22,7 +31,7 @@ def repetition(subject: Subject) -> None:
             router(*subject.tokens(groups.num_tokens, seed=5), groups)
             torch.manual_seed(2)
             second = router(tokens, ids, groups)
-            again = subject.build(way=way)(*given, groups)
+            again = set_way(subject.use(), way)(*given, groups)
         if not (torch.equal(tokens, given[0]) and torch.equal(ids, given[1])):
             raise Broken(f"in {way} forward changed the tokens it was given: work on a copy")
         for name, value in router.state_dict().items():
@@ -38,19 +47,19 @@ def repetition(subject: Subject) -> None:
 def same(one: RoutingPlan, other: RoutingPlan, sentence: str) -> None:
     """Raises ``Broken`` unless the two plans are the same to the last digit."""
     fields = ("token_index", "expert_index", "weight")
-    if all(torch.equal(getattr(one, name), getattr(other, name)) for name in fields):
+    losses, others = losses_of(one), losses_of(other)
+    changed = [name for name, loss in losses.items() if not torch.equal(loss, others[name])]
+    if not changed and all(torch.equal(getattr(one, name), getattr(other, name)) for name in fields):
         return
     first, second = decisions(one), decisions(other)
     token = first_difference(first, second)
-    if token is None:
-        what = "the weights differ in late digits, or the order of the assignments does"
-    else:
+    if token is not None:
         what = f"token {token} had {told(first[token])}, then {told(second[token])}"
+    elif changed:
+        what = f"its {changed[0]} was {brief(losses[changed[0]])}, then {brief(others[changed[0]])}"
+    else:
+        what = "the weights differ in late digits, or the order of the assignments does"
     raise Broken(
         f"{sentence}: {what}; draw noise from lightning_base.routing.noise instead of torch.rand, and keep what is "
         "remembered in buffers"
     )
-
-
-def brief(value: torch.Tensor) -> str:
-    return str(value.tolist()) if value.numel() <= 3 else f"a tensor of {list(value.shape)}"

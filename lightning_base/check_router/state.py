@@ -11,6 +11,7 @@ from lightning_base.check_router.subject import (
     decisions,
     first_difference,
     groups_of,
+    other_loss,
     seeded,
     set_way,
     told,
@@ -40,12 +41,16 @@ def state(subject: Subject) -> None:
         ) from error
     for later in range(2):
         for way in (*router.evaluation_modes, TRAINING):
-            one, other = (decisions(step(subject, set_way(each, way), STEPS + later)) for each in (router, resumed))
-            token = first_difference(one, other)
-            if token is not None:
+            plans = [step(subject, set_way(each, way), STEPS + later) for each in (router, resumed)]
+            one, other = map(decisions, plans)
+            token, loss = first_difference(one, other), other_loss(*plans)
+            if token is not None or loss:
+                what = (
+                    loss if token is None else f"token {token} had {told(other[token])} instead of {told(one[token])}"
+                )
                 raise Broken(
-                    f"in {way}, in step {later + 1} after it was saved and loaded, token {token} had "
-                    f"{told(other[token])} instead of {told(one[token])}: keep what is remembered in buffers"
+                    f"in {way}, in step {later + 1} after it was saved and loaded, {what}: keep what is remembered in "
+                    "buffers"
                 )
 
 

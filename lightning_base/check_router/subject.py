@@ -5,6 +5,7 @@ Shapes: T tokens, D width.
 
 import copy
 import inspect
+import math
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -85,17 +86,37 @@ class Subject:
         assert isinstance(made, Router)
         return made
 
-    def build(self, *, seed: int = 0, way: str = TRAINING, **options: Any) -> Router:
-        """The router with its parameters drawn from a seed, ready to route in one of its ``ways``."""
+    def draw(self, *, seed: int = 0, **options: Any) -> Router:
+        """The router as a run starts with it: its parameters drawn from a seed."""
         router = self.make(**options)
         initialize(router, seed)
         router.prepare(torch.arange(1, VOCABULARY + 1))
-        return set_way(router, way)
+        return router
+
+    def build(self, *, seed: int = 0, **options: Any) -> Router:
+        """The same for most checks: what starts at one number, such as zero, is moved off it, or would hide what it
+        will do once it has learnt."""
+        router = self.draw(seed=seed, **options)
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for parameter in router.parameters():
+                if parameter.is_floating_point() and len(parameter.unique()) == 1:
+                    parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+        return router
+
+    def use(self) -> Router:
+        """The same after a step of training, so that there is something to remember."""
+        router, groups = self.build(), groups_of(32 * self.scale, 32 * self.scale)
+        with seeded():
+            plan: RoutingPlan = router(*self.tokens(groups.num_tokens, seed=100), groups)
+        router.end_step(router.step_sums(plan.detached()))
+        return router
 
     def ways(self) -> Iterator[tuple[str, Router]]:
-        """The router in training and in each of its evaluation modes."""
-        for way in (TRAINING, *self.router.evaluation_modes):
-            yield way, self.build(way=way)
+        """The router in training and in each of its evaluation modes, after a step."""
+        router = self.use()
+        for way in (TRAINING, *router.evaluation_modes):
+            yield way, set_way(copy.deepcopy(router), way)
 
     def tokens(self, count: int, seed: int = 0) -> tuple[Float[Tensor, "T D"], Int64[Tensor, " T"]]:
         """Token vectors, large enough that routers are decided about them, and their ids."""
@@ -145,22 +166,53 @@ def seeded() -> Iterator[None]:
         yield
 
 
-def decisions(plan: RoutingPlan) -> list[list[tuple[int, float]]]:
+Decision = list[tuple[int, float]]
+
+
+def decisions(plan: RoutingPlan) -> list[Decision]:
     """For every token its experts with their gates, in the order of the experts."""
-    found: list[list[tuple[int, float]]] = [[] for _ in range(plan.num_tokens)]
+    found: list[Decision] = [[] for _ in range(plan.num_tokens)]
     triples = zip(plan.token_index.tolist(), plan.expert_index.tolist(), plan.weight.tolist(), strict=True)
     for token, expert, weight in triples:
-        found[token].append((expert, round(weight, 5)))
+        found[token].append((expert, weight))
     return [sorted(experts) for experts in found]
 
 
-def told(decision: list[tuple[int, float]]) -> str:
+def differ(one: Decision, other: Decision) -> bool:
+    """Whether a token is treated differently, by more than another order of the same sums makes."""
+    if [expert for expert, _ in one] != [expert for expert, _ in other]:
+        return True
+    pairs = zip(one, other, strict=True)
+    return not all(math.isclose(gate, another, rel_tol=1e-5, abs_tol=1e-7) for (_, gate), (_, another) in pairs)
+
+
+def told(decision: Decision) -> str:
     """A token's experts in words."""
     if not decision:
         return "no expert"
     return ", ".join(f"expert {expert} with gate {weight:.4g}" for expert, weight in decision)
 
 
-def first_difference(one: list[list[tuple[int, float]]], other: list[list[tuple[int, float]]]) -> int | None:
+def first_difference(one: list[Decision], other: list[Decision]) -> int | None:
     """The first token that is treated differently."""
-    return next((t for t, (a, b) in enumerate(zip(one, other, strict=True)) if a != b), None)
+    return next((t for t, (a, b) in enumerate(zip(one, other, strict=True)) if differ(a, b)), None)
+
+
+def losses_of(plan: RoutingPlan) -> dict[str, Tensor]:
+    """Its auxiliary losses; of those over a whole step, what the gradient flows through."""
+    return {**plan.losses, **{name: part.probability_sum for name, part in plan.step_losses.items()}}
+
+
+def other_loss(one: RoutingPlan, other: RoutingPlan) -> str | None:
+    """The first loss that differs, with both values; None if they are the same."""
+    for name, value in losses_of(one).items():
+        another = losses_of(other).get(name, torch.tensor(torch.nan))
+        if value.shape != another.shape or not torch.allclose(value.double(), another.double(), rtol=1e-5, atol=1e-7):
+            return f"its {name} went from {brief(value)} to {brief(another)}"
+    return None
+
+
+def brief(value: Tensor) -> str:
+    """Its numbers, the first of many."""
+    numbers = [f"{number:.6g}" for number in value.detach().double().flatten().tolist()]
+    return ", ".join([*numbers[:4], "..."] if len(numbers) > 4 else numbers)

@@ -178,13 +178,8 @@ class ExpertParallelStrategy(SavesTogether, DDPStrategy):
     @property
     def _sharded(self) -> dict[str, range]:
         """The parameters of sharded experts, by the names of the state dict, with the experts that are held here."""
-        names = {parameter: name for name, parameter in self._module.named_parameters()}
-        return {
-            names[parameter]: layer.experts.held
-            for layer in self._module.model.sparse_layers.values()
-            if layer.exchange is not None
-            for parameter in layer.experts.parameters()
-        }
+        experts = self._module.expert_parameters.items()
+        return {name: layer.experts.held for name, layer in experts if layer.exchange is not None}
 
     @property
     def _world(self) -> dist.ProcessGroup:

@@ -20,6 +20,7 @@ from lightning_base.huggingface.layers import sparse_names
 from lightning_base.huggingface.source import draw, hidden_width, load
 from lightning_base.model import document_mask, initialize
 from lightning_base.moe.copies import FeedForwardExperts
+from lightning_base.moe.experts import share_of
 from lightning_base.moe.layer import SparseLayer
 from lightning_base.moe.shuffle import Shuffle
 from lightning_base.routing.plan import RoutingPlan
@@ -66,6 +67,7 @@ class HuggingFaceModel(SparseModel):
         checkpoint_activations: recompute the blocks in the backward pass instead of storing them.
         seed: of everything that is drawn.
         router_scale: how many times larger than its paper has them the parameters of a router are at first.
+        expert_share: which of how many ranks this is among those that share the experts.
     """
 
     packages = ("transformers",)
@@ -86,6 +88,7 @@ class HuggingFaceModel(SparseModel):
         checkpoint_activations: bool,
         seed: int,
         router_scale: float,
+        expert_share: tuple[int, int] = (0, 1),
     ) -> None:
         super().__init__()
         described = config.to_json_string(use_diff=True)
@@ -111,16 +114,17 @@ class HuggingFaceModel(SparseModel):
                 like = narrower.get_submodule(name)
             else:
                 like = self.network.get_submodule(name)
-            experts = (
-                [like] * router.num_experts if upcycle else list(self._drawn(like, name, router.num_experts, seed))
-            )
+            held = share_of(router.num_experts, *expert_share)
+            experts = [like] * len(held) if upcycle else list(self._drawn(like, name, held, seed))
             shuffle = None
             if shuffle_tokens is not False:
                 shuffle = Shuffle(routing_group, None if shuffle_tokens is True else shuffle_tokens)
                 initialize(shuffle, seed, within=f"{name}.shuffle.")
             layer = SparseLayer(
                 router,
-                FeedForwardExperts(experts, 0 if width is None else width[1]),
+                FeedForwardExperts(
+                    experts, 0 if width is None else width[1], num_experts=router.num_experts, held=held
+                ),
                 routing_group=routing_group,
                 router_norm=router_norm,
                 residual=False,
@@ -131,10 +135,12 @@ class HuggingFaceModel(SparseModel):
         self.blocks = dict(repeated(self.network))
         self._reading: tuple[Tensor | None, Tensor | None] = (None, None)
 
-    def _drawn(self, like: nn.Module, name: str, num_experts: int, seed: int) -> Iterator[nn.Module]:
-        """Experts of the shape of a module; the first is it."""
-        yield like
-        for expert in range(1, num_experts):
+    def _drawn(self, like: nn.Module, name: str, held: range, seed: int) -> Iterator[nn.Module]:
+        """Some of the experts of the shape of a module; the first of all is it."""
+        for expert in held:
+            if expert == 0:
+                yield like
+                continue
             made = copy.deepcopy(like)
             with _seeded(f"{seed}:{name}.experts.{expert}"), torch.no_grad():
                 # Inner modules first: a module may draw anew what its parts have drawn.

@@ -48,23 +48,32 @@ class FeedForwardExperts(nn.Module):
     Args:
         networks: the experts, alike but for their values; the same module may come several times.
         hidden_width: for the record.
+        num_experts: E, if these are not all.
+        held: which these are; None: all.
 
     Attributes:
         num_experts: E.
-        held: the experts whose parameters are here: all of them, until ``keep``.
+        held: the experts whose parameters are here.
         together: whether the module runs once for all tokens.
 
     Raises:
         ValueError: no expert.
     """
 
-    def __init__(self, networks: Iterable[nn.Module], hidden_width: int) -> None:
+    def __init__(
+        self,
+        networks: Iterable[nn.Module],
+        hidden_width: int,
+        *,
+        num_experts: int | None = None,
+        held: range | None = None,
+    ) -> None:
         super().__init__()
         given = list(networks)
         if not given:
             raise ValueError("a layer needs at least 1 expert")
-        self.num_experts, self.hidden_width = len(given), hidden_width
-        self.held = range(self.num_experts)
+        self.num_experts, self.hidden_width = num_experts or len(given), hidden_width
+        self.held = range(len(given)) if held is None else held
         self.network = copy.deepcopy(given[0])
         linear = {name for name, part in self.network.named_modules() if is_linear(part)}
         owners = {name.rpartition(".")[0] for name, _ in self.network.named_parameters()}
@@ -85,12 +94,14 @@ class FeedForwardExperts(nn.Module):
                     part.register_parameter(key, nn.Parameter(values, requires_grad=parameter.requires_grad))
 
     def keep(self, rank: int, ranks: int) -> None:
-        """Forgets all experts but the share of one of several ranks, which are then the E of ``forward``.
+        """Forgets all experts but the share of one of several ranks, if there are others.
 
         Raises:
             ValueError: the ranks cannot hold equally many.
         """
-        self.held = share_of(self.num_experts, rank, ranks)
+        if (share := share_of(self.num_experts, rank, ranks)) == self.held:
+            return
+        self.held = share
         for part in self.network.modules():
             for key, whole in part.named_parameters(recurse=False):
                 mine = whole.detach()[self.held.start : self.held.stop].clone()

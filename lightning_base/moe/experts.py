@@ -28,13 +28,21 @@ class Experts(nn.Module):
         hidden_width: H of each block, a multiple of 8.
         sublayers: S.
         activation: relu (the paper's), gelu or silu.
+        held: the experts that are to be here; None: all.
 
     Attributes:
-        held: the experts whose parameters are here: all of them, until ``keep``.
+        held: the experts whose parameters are here, which are the E of ``forward``.
     """
 
     def __init__(
-        self, *, num_experts: int, width: int, hidden_width: int, sublayers: int = 1, activation: Activation = "relu"
+        self,
+        *,
+        num_experts: int,
+        width: int,
+        hidden_width: int,
+        sublayers: int = 1,
+        activation: Activation = "relu",
+        held: range | None = None,
     ) -> None:
         super().__init__()
         for key, value in (("hidden_width", hidden_width), ("sublayers", sublayers)):
@@ -47,27 +55,31 @@ class Experts(nn.Module):
                     "16 bytes only, which are 8 numbers in half precision"
                 )
         self.num_experts = num_experts
-        self.held = range(num_experts)
+        self.held = range(num_experts) if held is None else held
         self.activation = ACTIVATIONS[activation]
-        self.w1 = nn.ParameterList(torch.empty(num_experts, width, hidden_width) for _ in range(sublayers))
-        self.w2 = nn.ParameterList(torch.empty(num_experts, hidden_width, width) for _ in range(sublayers))
+        self.w1 = nn.ParameterList(torch.empty(len(self.held), width, hidden_width) for _ in range(sublayers))
+        self.w2 = nn.ParameterList(torch.empty(len(self.held), hidden_width, width) for _ in range(sublayers))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        # Expert by expert, so that the first experts of two layers agree whatever their number.
-        for expert in range(self.num_experts):
+        # Expert by expert, so that the first experts of two layers agree whatever their number, and so that what is not
+        # held can be drawn and dropped.
+        for expert in range(self.held.stop):
             for w1 in self.w1:
-                nn.init.normal_(w1[expert], std=w1.shape[1] ** -0.5)
+                drawn = w1[expert - self.held.start] if expert in self.held else torch.empty_like(w1[0])
+                nn.init.normal_(drawn, std=w1.shape[1] ** -0.5)
         for w2 in self.w2:
             nn.init.zeros_(w2)
 
     def keep(self, rank: int, ranks: int) -> None:
-        """Forgets all experts but the share of one of several ranks, which are then the E of ``forward``.
+        """Forgets all experts but the share of one of several ranks, if there are others.
 
         Raises:
             ValueError: the ranks cannot hold equally many.
         """
-        self.held = share_of(self.num_experts, rank, ranks)
+        if (share := share_of(self.num_experts, rank, ranks)) == self.held:
+            return
+        self.held = share
         for weights in (self.w1, self.w2):
             for depth, whole in enumerate(weights):
                 mine = whole.detach()[self.held.start : self.held.stop].clone()

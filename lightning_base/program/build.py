@@ -42,10 +42,11 @@ def build_data(config: Config, prepared: str | None = None) -> TextDataModule:
     )
 
 
-def build_module(config: Config) -> LanguageModel:
-    """The model and its optimizer, with its initial weights."""
+def build_module(config: Config, rank: int = 0, ranks: int = 1) -> LanguageModel:
+    """The model and its optimizer, with its initial weights; of experts that ranks share, those of one rank."""
     optimizer = asdict(fit_schedule(config)[0])
     start = optimizer.pop("initial_weights")
+    shared = ranks > 1 and config.expert_group > 1 and config.build_router().num_experts > 1
     module = LanguageModel(
         router=config.router,
         model=asdict(config.model),
@@ -59,6 +60,7 @@ def build_module(config: Config) -> LanguageModel:
         router_init_scale=optimizer.pop("router_init_scale"),
         compile=optimizer.pop("compile"),
         activation_checkpointing=optimizer.pop("activation_checkpointing"),
+        expert_share=(rank % config.expert_group, config.expert_group) if shared else (0, 1),
         optimizer=optimizer,
     )
     if start is not None:
@@ -74,8 +76,12 @@ def load_weights(module: LanguageModel, path: Path) -> None:
     Raises:
         ConfigError: the checkpoint is one of another model.
     """
+    layers = module.expert_parameters
     try:
-        state = checkpoint.VerifiedCheckpointIO().load_checkpoint(path, weights_only=True)["state_dict"]
+        there = checkpoint.load(path, device="meta")["state_dict"]
+        # Of a dense arm there is one row, which is for all.
+        alike = [name for name in layers if name in there and len(there[name]) == layers[name].experts.num_experts]
+        state = checkpoint.load(path, alike, layers[alike[0]].experts.held if alike else None)["state_dict"]
         module.load_state_dict(upcycled(state, module), strict=True)
     except (KeyError, RuntimeError) as error:
         why = " ".join(str(error).split())
@@ -84,14 +90,14 @@ def load_weights(module: LanguageModel, path: Path) -> None:
 
 def upcycled(state: dict[str, Tensor], module: LanguageModel) -> dict[str, Tensor]:
     """The state of a dense arm for a module with several experts; any other state as it is."""
-    experts = {p for layer in module.model.sparse_layers.values() for p in layer.experts.parameters()}
+    layers = module.expert_parameters
     now = module.state_dict(keep_vars=True)
     copied = {
         name: state[name].expand_as(value)
         for name, value in now.items()
-        if value in experts and name in state and len(state[name]) == 1 and state[name].shape[1:] == value.shape[1:]
+        if name in layers and name in state and len(state[name]) == 1 and state[name].shape[1:] == value.shape[1:]
     }
-    if not copied or len(copied) < len(experts):
+    if not copied or len(copied) < len(layers):
         return state
     routers = {name: value for name, value in now.items() if ".router." in name and name not in state}
     return {**state, **copied, **routers}

@@ -8,7 +8,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +116,43 @@ def node_of(target: str, declared: Iterable[str]) -> dict[str, Any]:
     if "num_experts" in inspect.signature(found).parameters:
         options.setdefault("num_experts", NUM_EXPERTS)
     return {"_target_": target, **options}
+
+
+def refuse_shadowed(arguments: Sequence[str], ours: Path) -> None:
+    """Raises ConfigError for a file of somebody's that has the name of one of ours and would never be read.
+
+    Hydra looks into ``--config-dir`` and ``hydra.searchpath`` after our own folder. A copy of ours hides nothing.
+
+    Args:
+        arguments: of the command line.
+        ours: our folder of configuration groups.
+    """
+    for theirs in added_folders(arguments):
+        for file in sorted(theirs.rglob("*.yaml")):
+            name = file.relative_to(theirs)
+            own = ours / name
+            if own.is_file() and own.read_bytes() != file.read_bytes():
+                what = f"{name.parent}={name.stem}" if len(name.parts) > 1 else name.name
+                raise ConfigError(
+                    f"{what} stands in {own} and in {file}, and only the first would be read: give yours another "
+                    f"name, as {name.with_stem(f'my_{name.stem}')}"
+                )
+
+
+def added_folders(arguments: Sequence[str]) -> list[Path]:
+    """Where Hydra looks for a file after our own folder."""
+    from hydra._internal.utils import get_args
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    given = get_args(arguments)
+    if given.config_path is not None:
+        return []  # theirs is the first folder then, on purpose
+    searched = [override for override in given.overrides if override.lstrip("+").startswith("hydra.searchpath=")]
+    found = [] if given.config_dir is None else [given.config_dir]
+    for override in OverridesParser.create().parse_overrides(searched):
+        value = override.value()
+        found += map(str, value) if isinstance(value, list) else []
+    return [Path(folder.removeprefix("file://")) for folder in found if "://" not in folder.removeprefix("file://")]
 
 
 def certificate(target: str) -> dict[str, str] | None:

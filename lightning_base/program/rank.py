@@ -72,8 +72,8 @@ def run(config: Config, directory: Path, heart: Heartbeat | None = None) -> Resu
     torch.set_num_threads(threads_per_rank(config))
 
     data = build_data(config, job.prepared_corpus())
-    module = build_module(config)
-    start = find_start(job, config.resume, module)
+    module = build_module(config, rank_of_this_process(), config.trainer.world_size)
+    start = find_start(job, config.resume, module.whole_shapes(), config.strategy.timeout_seconds)
     resumed_step = start.step
     if rank_of_this_process() == 0:
         begin(job, start)

@@ -3,13 +3,14 @@
 import shutil
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
+from lightning_base.distributed.meeting import Meeting
 from lightning_base.instantiation import ConfigError
 from lightning_base.program.checkpoint import CheckpointError, checkpoints, load, sweep_temporaries, verify
 from lightning_base.program.claim import CLAIM, RANKS
@@ -43,37 +44,52 @@ class Start:
     passed_over: tuple[PassedOver, ...] = ()
 
 
-def find_start(run: RunDirectory, resume: str, module: nn.Module) -> Start:
+def find_start(run: RunDirectory, resume: str, shapes: Mapping[str, torch.Size], timeout_seconds: float) -> Start:
     """The newest checkpoint that fits, or the given one where the run has none of its own; the same on every rank.
+
+    Every rank has to call it, and a checkpoint that one of them cannot use is passed over by all.
 
     Args:
         run: whose checkpoints.
         resume: ``auto``, ``never`` (the command has removed them: what there is has been saved since) or a path.
-        module: what has to take the weights.
+        shapes: of the state dict that has to take the weights.
+        timeout_seconds: how long ranks wait for each other.
 
     Raises:
         ConfigError: there are checkpoints, and none can be used.
     """
-    own = checkpoints(run.checkpoints)
+    ranks = Meeting(timeout_seconds)
+    own = [
+        Path(path) for path in ranks.hear(str(run.checkpoints), [str(path) for path in checkpoints(run.checkpoints)])[0]
+    ]
     given = [] if own or resume in (AUTO, NEVER) else [Path(resume)]
     passed: list[PassedOver] = []
     for path in own + given:
-        reason = verify(path)
-        if reason is None:
-            try:
-                state = load(path, experts=range(0), mapped=True)
-                check_fits(path, state, module)
-            except CheckpointError as error:
-                reason = str(error)
-            else:
-                return Start(path, state["global_step"], {} if path in given else state["logs"], tuple(passed))
-        passed.append(PassedOver(str(path), reason))
+        state, reason = look(path, shapes)
+        reasons = ranks.hear(str(path), reason)
+        if not any(reasons):
+            return Start(path, state["global_step"], {} if path in given else state["logs"], tuple(passed))
+        rank = next(rank for rank, why in enumerate(reasons) if why)
+        passed.append(PassedOver(str(path), reasons[rank] + ("" if all(reasons) else f", on rank {rank}")))
     if passed:
         raise ConfigError(no_checkpoint_left(run, passed))
     return Start()
 
 
-def check_fits(path: Path, state: dict[str, Any], module: nn.Module) -> None:
+def look(path: Path, shapes: Mapping[str, torch.Size]) -> tuple[dict[str, Any], str]:
+    """A checkpoint without its numbers; or one sentence that says why it cannot be gone on from."""
+    problem = verify(path)
+    if problem:
+        return {}, problem
+    try:
+        state = load(path, device="meta")
+        check_fits(path, state, shapes)
+    except CheckpointError as error:
+        return {}, str(error)
+    return state, ""
+
+
+def check_fits(path: Path, state: dict[str, Any], shapes: Mapping[str, torch.Size]) -> None:
     """Whether a checkpoint whose bytes are right can be gone on from.
 
     Raises:
@@ -83,18 +99,10 @@ def check_fits(path: Path, state: dict[str, Any], module: nn.Module) -> None:
     lacking = [name for name in needed if not isinstance(state, dict) or name not in state]
     if lacking:
         raise CheckpointError(f"the checkpoint {path} does not hold {', '.join(lacking)}: nothing can go on from it")
-    weights = module.state_dict()
-    odd = sorted(weights.keys() ^ state["state_dict"].keys())
-    # Of experts a rank may hold some.
-    first = {name: 1 if ".experts." in name else 0 for name in weights}
-    odd += [n for n in weights.keys() - set(odd) if weights[n].shape[first[n] :] != shape(state, n)[first[n] :]]
+    found = {name: value.shape for name, value in state["state_dict"].items()}
+    odd = sorted(name for name in shapes.keys() | found.keys() if shapes.get(name) != found.get(name))
     if odd:
         raise CheckpointError(f"the checkpoint {path} is one of another model: {odd[0]} does not fit")
-
-
-def shape(state: dict[str, Any], name: str) -> torch.Size:
-    found: torch.Size = state["state_dict"][name].shape
-    return found
 
 
 def begin(run: RunDirectory, start: Start) -> None:

@@ -24,6 +24,7 @@ EXECUTION = (
     "data.num_workers",
     "strategy",
 )
+EVENTS = "tensorboard/events.out.*"
 RESERVE, RESERVED_BYTES = ".reserve", 2**16
 STATES = ("running", "done", "failed", "preempted")
 
@@ -101,27 +102,28 @@ class RunDirectory:
         """Adds fields to manifest.json."""
         write_json(self.path / "manifest.json", {**self.manifest(), **fields})
 
-    def logs(self) -> list[Path]:
-        """The files that gain rows while a run trains."""
-        return sorted(self.path.glob("*.csv"))
+    def logs(self) -> dict[str, Path]:
+        """The files that gain rows or events while a run trains, by their names within the directory."""
+        found = [*self.path.glob("*.csv"), *self.path.glob(EVENTS)]
+        return {str(path.relative_to(self.path)): path for path in sorted(found)}
 
     def log_sizes(self) -> dict[str, int]:
         """How long they are, in bytes, by name."""
-        return {path.name: path.stat().st_size for path in self.logs()}
+        return {name: path.stat().st_size for name, path in self.logs().items()}
 
     def sync_logs(self) -> None:
         """Brings them to the disk, as a checkpoint that counts on them will be."""
-        for path in self.logs():
+        for path in self.logs().values():
             with open(path, "rb+") as file:
                 os.fsync(file.fileno())
 
     def cut_logs(self, sizes: Mapping[str, int]) -> None:
         """Cuts off what they have gained since they were so long; one that was not there yet is removed."""
-        for path in self.logs():
-            if path.name not in sizes:
+        for name, path in self.logs().items():
+            if name not in sizes:
                 path.unlink()
-            elif path.stat().st_size > sizes[path.name]:
-                os.truncate(path, sizes[path.name])
+            elif path.stat().st_size > sizes[name]:
+                os.truncate(path, sizes[name])
 
     def reserve_room(self) -> None:
         """Takes some room on the disk, so that what went wrong can be written when there is no other."""

@@ -16,7 +16,7 @@ LEVEL = 0.05
 # More names than these make a sentence unreadable.
 MOST_NAMED = 6
 # The signs behind names and cells.
-NOT_CAUSAL_IN_TRAINING, NOT_CAUSAL_IN_EVALUATION, NOT_QUIET, OTHER_COST = "†", "‡", "§", "¶"
+NOT_CAUSAL_IN_TRAINING, NOT_CAUSAL_IN_EVALUATION, NOT_QUIET, OTHER_COST, OTHER_GRADIENT = "†", "‡", "§", "¶", "‖"
 
 
 @dataclass(frozen=True)
@@ -198,6 +198,7 @@ def footnotes(comparison: Comparison) -> list[str]:
         "several": len(comparison.seeds) > 1,
         "training": not all(arm.causal_in(None) for arm in arms),
         "evaluation": not all(ways),
+        "gradient": any(arm.straight_through for arm in arms),
         "noise": any(noise.disturbed for noise in machine_noise(arms).values()),
         "cost": any(unequal((arm, comparison.reference), "flops_per_token") for arm in arms),
     }

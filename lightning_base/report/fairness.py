@@ -77,6 +77,11 @@ class Arm:
         return bool(self.first.ledger["num_experts"] > 1)
 
     @property
+    def straight_through(self) -> bool:
+        """Whether it is declared to learn from another gradient than that of its gates' values."""
+        return bool(self.first.ledger.get("straight_through", False))
+
+    @property
     def causal(self) -> bool:
         """Whether its validation loss is that of a language model, which does not look at later tokens."""
         return self.causal_in(self.modes[0])

@@ -85,7 +85,8 @@ def tables(comparison: Comparison) -> list[Table]:
 def marked(arm: Arm, mode: str | None = None) -> str:
     """The label with the signs of its footnotes; with a ``mode``, the sign for evaluation stands beside that."""
     training = answer.NOT_CAUSAL_IN_TRAINING * (not arm.causal_in(None))
-    return arm.label + training + answer.NOT_CAUSAL_IN_EVALUATION * (not arm.causal and not mode)
+    evaluation = answer.NOT_CAUSAL_IN_EVALUATION * (not arm.causal and not mode)
+    return arm.label + training + evaluation + answer.OTHER_GRADIENT * arm.straight_through
 
 
 def ahead(arm: Arm, mode: str) -> str:

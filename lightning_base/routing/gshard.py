@@ -31,8 +31,8 @@ class GShard(Router):
     Args:
         num_experts: E, at least 2.
         width: D.
-        capacity_factor: slots per expert, relative to an even share of both choices; None drops nothing. With one, a
-            token's second choice may lose its slot to a later token's first: the router is not causal.
+        capacity_factor: slots per expert, relative to an even share of both choices; None drops nothing. With one below
+            E/2, a token's second choice may lose its slot to a later token's first: the router is not causal.
         balance_scope: over what the load-balancing loss is taken, see ``balancing_loss``.
     """
 
@@ -60,7 +60,8 @@ class GShard(Router):
         check_scope(balance_scope)
         self.capacity_factor = capacity_factor
         self.balance_scope = balance_scope
-        self.causal = capacity_factor is None
+        # With a slot for every token of the group nothing is ever dropped.
+        self.causal = capacity_factor is None or 2 * capacity_factor >= num_experts
         self.evaluation_modes = {"default": self.causal}
         self.gate = nn.Linear(width, num_experts, bias=False)
         self.register_buffer("key", torch.zeros((), dtype=torch.int64))

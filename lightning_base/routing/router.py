@@ -24,6 +24,7 @@ class Router(nn.Module):
         top_k: experts a token asks for.
         asks_for_fewer: True if some tokens may ask for fewer than ``top_k`` experts.
         causal: False if a token's expert, weight or drop may depend on later tokens of its group while training.
+        straight_through: True if the gradient of a gate is not that of its value, as of a straight-through estimator.
         evaluation_modes: the ways this router can route in evaluation, and for each the same question: False if later
             tokens may matter. The first is the default. Options that decide either set it on the instance.
         loss_coefficients: the paper's coefficient of each auxiliary loss the router returns.
@@ -35,6 +36,7 @@ class Router(nn.Module):
 
     asks_for_fewer: bool = False
     causal: bool = True
+    straight_through: bool = False
     loss_coefficients: ClassVar[dict[str, float]] = {}
     evaluation_modes: Mapping[str, bool] = MappingProxyType({"default": True})
     refused_options: ClassVar[dict[str, str]] = {}

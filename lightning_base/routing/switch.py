@@ -56,6 +56,7 @@ class Switch(Router):
         check_capacity_factor("evaluation_capacity_factor", evaluation_capacity_factor)
         check_scope(balance_scope)
         self.balance_scope, self.gate_value = balance_scope, gate
+        self.straight_through = gate == "one"
         self.capacity_factor = capacity_factor
         self.evaluation_capacity_factor = evaluation_capacity_factor
         self.gate = nn.Linear(width, num_experts, bias=False)

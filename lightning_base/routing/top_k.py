@@ -33,7 +33,8 @@ class TopK(Router):
             scores as they are. With k = 1 the gate would be a constant, so that the router could not learn: refused.
         capacity_factor: slots per expert, relative to an even share, in training and evaluation; None drops nothing.
             First choices are served before second choices, each in the order of the tokens, so that a token's second
-            choice may lose its slot to a later token's first: with k > 1 and a capacity the router is not causal.
+            choice may lose its slot to a later token's first: with k > 1 and a capacity below E/k the router is not
+            causal.
         z_loss: adds the router z-loss (Zoph et al. 2022, arXiv 2202.08906, eq. 5), with the paper's coefficient 0.001.
         balance_scope: over what the load-balancing loss is taken, see ``balancing_loss``.
     """
@@ -74,7 +75,8 @@ class TopK(Router):
         self.balance_scope = balance_scope
         if z_loss:
             self.loss_coefficients = {**type(self).loss_coefficients, "router_z_loss": 0.001}  # type: ignore[misc]
-        self.causal = capacity_factor is None or top_k == 1
+        # With a slot for every token of the group nothing is ever dropped.
+        self.causal = capacity_factor is None or top_k == 1 or capacity_factor * top_k >= num_experts
         self.evaluation_modes = {"default": self.causal}
         self.gate = nn.Linear(width, num_experts, bias=False)
         self.reset_parameters()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lightning_base.routing import Router, RoutingGroups, RoutingPlan
 from lightning_base.routing.losses import balancing_loss
 from lightning_base.routing.noise import draw_key, uniform_noise
-from lightning_base.routing.plan import count_by_group
+from lightning_base.routing.plan import StepLoss, count_by_group
 from lightning_base.routing.selection import full_precision
 
 
@@ -81,8 +81,23 @@ class LeavesMemory(Right):
         self.gate = nn.Parameter(torch.empty(num_experts, width))
 
 
+class KnowsEightExperts(Right):
+    def choose(self, probabilities_TE: Tensor, token_ids: Tensor, groups: RoutingGroups) -> Tensor:
+        return super().choose(probabilities_TE, token_ids, groups) % 7 + 1
+
+
 class TakesAnything(Right):
     def __init__(self, *, num_experts: int, width: int, temperature: float = 1.0) -> None:
+        super().__init__(num_experts=num_experts, width=width)
+
+
+class TakesAnythingByPosition(Right):
+    def __init__(self, num_experts: int, width: int, temperature: float = 1.0) -> None:
+        super().__init__(num_experts=num_experts, width=width)
+
+
+class TakesAnyWord(Right):
+    def __init__(self, *, num_experts: int, width: int, scores: str = "softmax") -> None:
         super().__init__(num_experts=num_experts, width=width)
 
 
@@ -91,10 +106,29 @@ class HasASeedOfItsOwn(Right):
         nn.init.normal_(self.gate, std=0.1, generator=torch.Generator().manual_seed(0))
 
 
+class DrawsABufferOnce(Right):
+    def __init__(self, *, num_experts: int, width: int) -> None:
+        super().__init__(num_experts=num_experts, width=width)
+        self.register_buffer("table", torch.randn(num_experts))
+
+
 class CountsFromOne(Right):
     def forward(self, tokens: Tensor, token_ids: Tensor, groups: RoutingGroups) -> RoutingPlan:
         plan = super().forward(tokens, token_ids, groups)
         return replace(plan, expert_index=plan.expert_index + 1)
+
+
+class ShowsLogits(Right):
+    def forward(self, tokens: Tensor, token_ids: Tensor, groups: RoutingGroups) -> RoutingPlan:
+        plan = super().forward(tokens, token_ids, groups)
+        return replace(plan, aux={"probabilities": self.probabilities(tokens, groups).log().detach()})
+
+
+class CountsSequencesAsTokens(Right):
+    def forward(self, tokens: Tensor, token_ids: Tensor, groups: RoutingGroups) -> RoutingPlan:
+        plan = super().forward(tokens, token_ids, groups)
+        part = StepLoss(plan.demand, self.probabilities(tokens, groups).sum(0), len(groups.sizes))
+        return replace(plan, losses={}, step_losses={"load_balancing_loss": part})
 
 
 class DividesByTokens(Right):
@@ -103,9 +137,22 @@ class DividesByTokens(Right):
         return replace(super().forward(tokens, token_ids, groups), losses={"load_balancing_loss": loss})
 
 
+class AveragesOverEmptyGroups(Right):
+    def forward(self, tokens: Tensor, token_ids: Tensor, groups: RoutingGroups) -> RoutingPlan:
+        plan = super().forward(tokens, token_ids, groups)
+        share = groups.held / max(len(groups.sizes), 1)
+        return replace(plan, losses={name: loss * share for name, loss in plan.losses.items()})
+
+
 class DrawsFromTorch(Right):
     def noise(self, token_ids: Tensor, groups: RoutingGroups) -> Tensor:
         return torch.rand(len(token_ids), self.num_experts)
+
+
+class DrawsForItsLoss(Right):
+    def forward(self, tokens: Tensor, token_ids: Tensor, groups: RoutingGroups) -> RoutingPlan:
+        plan = super().forward(tokens, token_ids, groups)
+        return replace(plan, losses={name: loss * (1 + torch.rand(())) for name, loss in plan.losses.items()})
 
 
 class SeesAllGroups(Right):
@@ -116,10 +163,32 @@ class SeesAllGroups(Right):
         return super().probabilities(tokens - tokens.mean(0), groups)
 
 
+class ReadsIdsInSecret(Right):
+    @property
+    def needs_token_ids(self) -> bool:
+        return False
+
+
+class ReadsSequencesInSecret(Right):
+    def forward(self, tokens: Tensor, token_ids: Tensor, groups: RoutingGroups) -> RoutingPlan:
+        plan = super().forward(tokens, token_ids, groups)
+        balance = balancing_loss(
+            self.probabilities(tokens, groups), plan.token_index, plan.expert_index, groups, "sequence"
+        )
+        return replace(plan, losses=balance.losses)
+
+
 class Peeks(Right):
     def probabilities(self, tokens: Tensor, groups: RoutingGroups) -> Tensor:
         means = [part.mean(0, keepdim=True).expand_as(part) for part in groups.split(tokens)]
         return super().probabilities(tokens - torch.cat([tokens[:0], *means]), groups)
+
+
+class PeeksOnceItHasLearnt(Right):
+    def choose(self, probabilities_TE: Tensor, token_ids: Tensor, groups: RoutingGroups) -> Tensor:
+        means = [part.mean(0, keepdim=True).expand_as(part) for part in groups.split(probabilities_TE)]
+        later_TE = torch.cat([probabilities_TE[:0], *means]) * self.bias.norm() * 1e3
+        return super().choose(probabilities_TE - later_TE, token_ids, groups)
 
 
 class TooModest(Right):
@@ -143,9 +212,25 @@ class ClaimsEqualLoads(Right):
         return replace(super().forward(tokens, token_ids, groups), equal_loads=True)
 
 
+class ClaimsEqualLoadsOfAnyNumber(Right):
+    """In turn, which is equal where the tokens of a group are a multiple of the experts."""
+
+    def choose(self, probabilities_TE: Tensor, token_ids: Tensor, groups: RoutingGroups) -> Tensor:
+        return torch.cat([torch.arange(size) % self.num_experts for size in (0, *groups.sizes)])
+
+    def forward(self, tokens: Tensor, token_ids: Tensor, groups: RoutingGroups) -> RoutingPlan:
+        plan = super().forward(tokens, token_ids, groups)
+        return replace(plan, equal_loads=len(tokens) % self.num_experts == 0)
+
+
 class HandsOnMeans(Right):
     def step_sums(self, plan: RoutingPlan) -> dict[str, Tensor]:
         return {"demand": plan.demand / max(len(plan.groups.sizes), 1)}
+
+
+class AveragesNothing(Right):
+    def step_sums(self, plan: RoutingPlan) -> dict[str, Tensor]:
+        return {"demand": plan.demand, "confidence": plan.weight.mean() * len(plan.weight)}
 
 
 class CountsPadding(Right):
@@ -153,6 +238,14 @@ class CountsPadding(Right):
         sequences = plan.groups.sequences or plan.groups.sizes
         padded = len(sequences) * max(sequences, default=0) - plan.num_tokens
         return {"demand": plan.demand + padded}
+
+
+class MakesRoomForPadding(Right):
+    def forward(self, tokens: Tensor, token_ids: Tensor, groups: RoutingGroups) -> RoutingPlan:
+        plan = super().forward(tokens, token_ids, groups)
+        sequences = groups.sequences or groups.sizes
+        slots = [len(sequences) * max(sequences) for _ in groups.sizes]  # never fewer than tokens
+        return replace(plan, capacity=torch.tensor(slots, dtype=torch.int64))
 
 
 class Detaches(Right):
@@ -165,10 +258,43 @@ class DetachesHalf(Right):
         return chosen_T * (1 + chosen_T.detach())
 
 
+class HasNoSlope(Right):
+    def weigh(self, chosen_T: Tensor) -> Tensor:
+        return chosen_T + (chosen_T - chosen_T.detach()).clamp(min=0).sqrt()
+
+
+class StraightThrough(Right):
+    """The gate is 1, with the gradient of the probability."""
+
+    straight_through = True
+
+    def weigh(self, chosen_T: Tensor) -> Tensor:
+        return 1 + chosen_T - chosen_T.detach()
+
+
+class StraightThroughToNothing(StraightThrough):
+    def weigh(self, chosen_T: Tensor) -> Tensor:
+        return super().weigh(chosen_T).detach()
+
+
+class StraightThroughInSecret(StraightThrough):
+    straight_through = False
+
+
+class ClaimsStraightThrough(Right):
+    straight_through = True
+
+
 class LossOfCounts(Right):
     def forward(self, tokens: Tensor, token_ids: Tensor, groups: RoutingGroups) -> RoutingPlan:
         plan = super().forward(tokens, token_ids, groups)
         return replace(plan, losses={name: loss.detach() for name, loss in plan.losses.items()})
+
+
+class LossWithoutSlope(Right):
+    def forward(self, tokens: Tensor, token_ids: Tensor, groups: RoutingGroups) -> RoutingPlan:
+        plan = super().forward(tokens, token_ids, groups)
+        return replace(plan, losses={n: loss + (loss - loss.detach()).sqrt() for n, loss in plan.losses.items()})
 
 
 class CountsPasses(Right):
@@ -201,6 +327,18 @@ class RemembersOutsideBuffers(Right):
         self.steps += 1
 
 
+class RemembersItsLossOutsideBuffers(Right):
+    steps = 0
+
+    def forward(self, tokens: Tensor, token_ids: Tensor, groups: RoutingGroups) -> RoutingPlan:
+        plan = super().forward(tokens, token_ids, groups)
+        return replace(plan, losses={name: loss / (1 + self.steps) for name, loss in plan.losses.items()})
+
+    def end_step(self, sums: dict[str, Tensor]) -> None:
+        super().end_step(sums)
+        self.steps += 1
+
+
 class AlwaysFloat32(Right):
     def probabilities(self, tokens: Tensor, groups: RoutingGroups) -> Tensor:
         return nn.functional.linear(tokens.float(), self.gate.float()).softmax(-1)
@@ -211,14 +349,39 @@ class SecretlyFloat32(AlwaysFloat32):
         return super().probabilities(tokens, groups).to(tokens.dtype)
 
 
+class RoundsItsLoss(Right):
+    def forward(self, tokens: Tensor, token_ids: Tensor, groups: RoutingGroups) -> RoutingPlan:
+        plan = super().forward(tokens, token_ids, groups)
+        return replace(plan, losses={name: loss.float().to(tokens.dtype) for name, loss in plan.losses.items()})
+
+
 class UnderAutocast(Right):
     def probabilities(self, tokens: Tensor, groups: RoutingGroups) -> Tensor:
         return nn.functional.linear(tokens, self.gate).softmax(-1)
 
 
+class LossUnderAutocast(Right):
+    def forward(self, tokens: Tensor, token_ids: Tensor, groups: RoutingGroups) -> RoutingPlan:
+        plan = super().forward(tokens, token_ids, groups)
+        mean_E = self.probabilities(tokens, groups).sum(0) / max(len(tokens), 1)
+        return replace(plan, losses={"load_balancing_loss": (mean_E @ mean_E[:, None])[0].to(plan.weight.dtype)})
+
+
+class RefusesHalfPrecision(Right):
+    def probabilities(self, tokens: Tensor, groups: RoutingGroups) -> Tensor:
+        with torch.autocast(tokens.device.type, enabled=False):
+            return nn.functional.linear(tokens, self.gate).softmax(-1)
+
+
 class DividesBySpread(Right):
     def weigh(self, chosen_T: Tensor) -> Tensor:
         return chosen_T / chosen_T.detach().std(correction=0) if len(chosen_T) else chosen_T
+
+
+class HasNoSlopeAtZero(Right):
+    def probabilities(self, tokens: Tensor, groups: RoutingGroups) -> Tensor:
+        length_T1 = tokens.square().sum(-1, keepdim=True).sqrt()
+        return super().probabilities(tokens / (length_T1 + 1e-6), groups)
 
 
 class RoundsWhatIsNoNumber(Right):

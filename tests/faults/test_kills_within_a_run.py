@@ -7,9 +7,11 @@ import csv
 import shutil
 import signal
 from pathlib import Path
+from typing import Any
 
 import program
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import DEFAULT_SIZE_GUIDANCE, EventAccumulator
 
 STEPS = 6
 ARGUMENTS = (
@@ -53,6 +55,22 @@ def rows(run: Path) -> dict[str, list[tuple[str, ...]]]:
                 row["value"] = "measured"
         found[path.name] = sorted(tuple(row.values()) for row in read)
     return found
+
+
+def events(run: Path) -> dict[str, list[tuple[Any, ...]]]:
+    """The steps and values of all that TensorBoard shows of a run, by tag; without clocks, and of text the steps."""
+    read = EventAccumulator(str(run / "tensorboard"), dict.fromkeys(DEFAULT_SIZE_GUIDANCE, 0)).Reload()
+    tags = read.Tags()
+    found: dict[str, list[tuple[Any, ...]]] = {}
+    for tag in tags["scalars"]:
+        measured = tag.startswith((*CLOCKS, "result/tokens_per_second"))
+        found[tag] = [(event.step, "measured" if measured else event.value) for event in read.Scalars(tag)]
+    found |= {
+        tag: [(event.step, event.histogram_value) for event in read.Histograms(tag)] for tag in tags["histograms"]
+    }
+    found |= {tag: [(event.step, event.encoded_image_string) for event in read.Images(tag)] for tag in tags["images"]}
+    found |= {tag: [(event.step,) for event in read.Tensors(tag)] for tag in tags["tensors"]}
+    return {tag: shown for tag, shown in found.items() if not tag.startswith("machine/")}
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +117,10 @@ def test_no_row_is_lost_or_doubled_by_a_kill_at_any_stage(
     assert set(found) == set(expected)
     for name in expected:
         assert found[name] == expected[name], name
+    expected_events, found_events = events(undisturbed), events(run)
+    assert set(found_events) == set(expected_events)
+    for tag, shown in expected_events.items():
+        assert found_events[tag] == shown, tag
     # Nothing of any killed save is left, and no checkpoint that the run did not want to keep.
     assert [path.name for path in (run / "checkpoints").iterdir()] == [f"step_{STEPS}.ckpt"]
     before, after = (program.read(path / "manifest.json") for path in (undisturbed, run))

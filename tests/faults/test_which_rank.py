@@ -11,7 +11,7 @@ import program
 import psutil
 import pytest
 from omegaconf import OmegaConf
-from test_interruption import LONG, rank_processes, wait_for_step, wait_until_gone
+from test_interruption import LONG, STEPS, rank_processes, wait_for_step, wait_until_gone
 
 TIMEOUT = 10
 RANKS = ("trainer.devices=2", f"strategy.timeout_seconds={TIMEOUT}")
@@ -51,8 +51,8 @@ class Breaking(Uniform):
         learns = self.training and torch.is_grad_enabled() and not self.rehearsal
         self.seen += learns
         plan = super().forward(tokens, token_ids, groups)
-        # The first rank writes checkpoints, so that it alone can fail in that.
-        if os.environ.get("RANK") != ("0" if self.place == "save" else "1") or self.seen != 3 or not learns:
+        # The first rank writes checkpoints, so that it alone can fail in that; a process alone has no number.
+        if os.environ.get("RANK") not in (None, "0" if self.place == "save" else "1") or self.seen != 3 or not learns:
             return plan
         if self.place == "hang":
             time.sleep(10_000)
@@ -171,27 +171,26 @@ def broken(
 ) -> dict[tuple[str, str], Path]:
     """The jobs of a sweep, by their strategy and where one of their ranks raises."""
     runs = tmp_path_factory.mktemp("broken")
-    arms = (f"router.place={','.join(BROKEN)}", "strategy=ddp,expert_parallel")
-    done = program.train(
-        "-m", "router=breaking", *small_corpus, *RANKS, *arms, f"runs_dir={runs}", routers=routers, timeout=500
-    )
-    assert done.returncode == 1, done.stderr
-    assert f"0 of {2 * len(BROKEN)} jobs done" in done.stderr
-    assert wait_until_gone(runs) == []
+    everywhere = ("-m", "router=breaking", f"router.place={','.join(BROKEN)}", *small_corpus, f"runs_dir={runs}")
+    for strategies, ranks in (("single", ()), ("ddp,expert_parallel", RANKS)):
+        done = program.train(*everywhere, f"strategy={strategies}", *ranks, routers=routers, timeout=500)
+        assert done.returncode == 1, done.stderr
+        assert f"0 of {(1 + strategies.count(',')) * len(BROKEN)} jobs done" in done.stderr
+        assert wait_until_gone(runs) == []
     configs = {path: OmegaConf.load(path / ".hydra/config.yaml") for path in program.jobs(runs).values()}
     return {(config.strategy.name, config.router.place): path for path, config in configs.items()}
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("strategy", ["ddp", "expert_parallel"])
+@pytest.mark.parametrize("strategy", ["single", "ddp", "expert_parallel"])
 @pytest.mark.parametrize("place", BROKEN)
 def test_the_rank_that_raises_is_named_with_its_traceback(
     place: str, strategy: str, broken: dict[tuple[str, str], Path]
 ) -> None:
     run = broken[strategy, place]
     status = program.read(run / "status.json")
-    assert (status["state"], status["rank"]) == ("failed", 0 if place == "save" else 1)
-    assert BROKEN[place] in status["error"]
+    assert (status["state"], status["rank"]) == ("failed", 0 if place == "save" or strategy == "single" else 1)
+    assert BROKEN[place].replace(" on rank 0" if strategy == "single" else "", "") in status["error"]
     assert place == "save" or status["error"].startswith(BROKEN[place])
     assert "breaking.py" in status["traceback"] or place == "loss"
     failures = [program.read(path)["time"] for path in (run / "failures").glob("rank_*.json")]
@@ -199,13 +198,24 @@ def test_the_rank_that_raises_is_named_with_its_traceback(
 
 
 @pytest.mark.exhaustive
-def test_killing_torchrun_leaves_no_rank_behind_and_says_so(small_corpus: list[str], tmp_path: Path) -> None:
-    process = program.start("-m", "strategy=expert_parallel", *small_corpus, *LONG, *RANKS, f"runs_dir={tmp_path}")
+@pytest.mark.parametrize("killed", ["torchrun", "the command"])
+def test_killing_what_started_the_ranks_leaves_none_behind_and_the_run_goes_on(
+    killed: str, small_corpus: list[str], tmp_path: Path
+) -> None:
+    arguments = ("-m", "strategy=expert_parallel", *small_corpus, *LONG, *RANKS, f"runs_dir={tmp_path}")
+    process = program.start(*arguments)
     directory = wait_for_step(tmp_path, 13, process)
-    psutil.Process(rank_processes(directory)[0]).parent().kill()
+    parent = psutil.Process(rank_processes(directory)[0]).parent()
+    assert parent is not None
+    (parent if killed == "torchrun" else process).kill()
     _, errors = process.communicate(timeout=120)
     assert wait_until_gone(tmp_path) == []
-    # Ranks save when whoever started them dies; if a collective kept one of them from it, the job has failed.
+    # Ranks save when whoever started them dies; if a collective kept one of them from it, the job has failed. Without
+    # the command there is nobody to say so.
     status = program.read(directory / "status.json")
-    assert status["state"] in ("preempted", "failed"), errors
-    assert status["state"] == "preempted" or "SIGKILL" in status["error"]
+    assert status["state"] in ("preempted", "failed" if killed == "torchrun" else "running"), errors
+    assert status["state"] != "failed" or "SIGKILL" in status["error"]
+
+    again = program.train(*arguments)
+    assert again.returncode == 0, again.stderr
+    assert [step for step, _ in program.series(directory, "train/loss")] == list(range(1, STEPS + 1))

@@ -161,6 +161,21 @@ def test_copies_under_a_gate_of_one_give_the_dense_model(kind: str, name: str, f
         torch.testing.assert_close(logits, expected, atol=1e-11, rtol=0)
 
 
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_a_shuffle_deals_tokens_to_other_groups_and_gives_them_back(kind: str, folders: dict[str, Path]) -> None:
+    options = {"upcycle": True, "split_width": False, "shuffle_tokens": True}
+    model, ids = sparse(str(folders[kind]), lambda: TopK(num_experts=4, width=WIDTH), **options).train(), some_ids()
+    (layer,) = model.sparse_layers.values()
+    ahead = model(ids)
+    layer.shuffle.begin(step=0, micro_batch=0)
+    shuffled = model(ids)
+    # The same copies of one layer with gates that sum to 1: a token that came back elsewhere would show.
+    torch.testing.assert_close(shuffled.logits, of_folder(kind, folders[kind])(input_ids=ids).logits)
+    one, other = (next(iter(found.plans.values())) for found in (ahead, shuffled))
+    assert torch.equal(one.demand, other.demand)
+    assert not torch.equal(one.group_demand, other.group_demand)
+
+
 def test_a_gate_below_one_or_drawn_experts_do_not() -> None:
     ids = some_ids()
     expected = by_hand("llama")(ids).logits

@@ -7,9 +7,11 @@ import pytest
 import torch
 from huggingface.tiny_models import by_hand
 
+from lightning_base.analysis.command import main as analysis
 from lightning_base.export import load
 from lightning_base.export import main as export
 from lightning_base.report.fairness import compare
+from lightning_base.report.read import read_counts
 from lightning_base.report.verify import sound_runs
 
 LAYER = "model.layers.1.mlp"
@@ -27,7 +29,7 @@ def arguments(small_corpus: list[str], tmp_path_factory: pytest.TempPathFactory)
 @pytest.fixture(scope="module")
 def sweep(arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     runs = tmp_path_factory.mktemp("runs")
-    done = program.train("-m", *arguments, "router=top_k,dense", f"runs_dir={runs}")
+    done = program.train("-m", *arguments, "router=top_k,dense", "trainer.record_plans=true", f"runs_dir={runs}")
     assert done.returncode == 0, done.stderr
     return runs / "debug"
 
@@ -64,6 +66,21 @@ def test_the_first_loss_of_copies_is_that_of_the_dense_arm(sweep: Path) -> None:
 def test_loads_are_recorded_under_the_name_of_the_module(sweep: Path) -> None:
     assert program.series(job(sweep, "top_k"), f"train_step/max_vio/demand/{LAYER}")
     assert f",{LAYER}," in (job(sweep, "top_k") / "expert_load.csv").read_text()
+
+
+def test_a_recorded_run_of_their_model_can_be_replayed(sweep: Path, arguments: list[str], tmp_path: Path) -> None:
+    source = job(sweep, "top_k")
+    done = program.train(*arguments, "router=replay", f'router.source="{source}"', f"runs_dir={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    replay = program.only_job(tmp_path)
+    counts = [read_counts(path / "expert_load.csv") for path in (source, replay)]
+    for stage, by_layer in counts[0].items():
+        assert counts[1][stage][LAYER].demand.tolist() == by_layer[LAYER].demand.tolist(), stage
+    assert counts[0]["train_step"][LAYER].steps.tolist() == [1, 2, 3]
+    # The gates of the first step were those of the weights that both start with; later ones were learnt by the source.
+    losses = [program.series(path, "train/loss") for path in (source, replay)]
+    assert losses[1][0][1] == pytest.approx(losses[0][0][1], abs=2e-6)
+    assert losses[1][2][1] != losses[0][2][1]
 
 
 def test_a_run_that_goes_on_ends_with_the_same_weights_and_they_can_be_exported(
@@ -103,3 +120,10 @@ def test_two_ranks_learn_what_one_does(sweep: Path, arguments: list[str], strate
         alone, together = (dict(program.series(path, name)) for path in (one, two))
         assert alone.keys() == together.keys()
         assert list(together.values()) == pytest.approx(list(alone.values()), abs=1e-4)
+
+
+@pytest.mark.exhaustive
+def test_what_experts_attract_is_found_in_their_model_too(sweep: Path) -> None:
+    assert analysis([str(job(sweep, "top_k"))]) == 0
+    rows = (job(sweep, "top_k") / "analysis" / "summary.csv").read_text().splitlines()
+    assert any(LAYER in row for row in rows[1:])

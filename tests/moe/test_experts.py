@@ -62,6 +62,20 @@ def test_the_first_expert_starts_the_same_whatever_their_number(sublayers: int) 
         assert not torch.equal(eight[0], eight[1])
 
 
+@pytest.mark.parametrize("sublayers", [1, 3])
+def test_a_share_of_the_experts_is_drawn_as_it_is_among_all(sublayers: int) -> None:
+    sizes = {"num_experts": 8, "width": 16, "hidden_width": 24, "sublayers": sublayers}
+    whole = Experts(**sizes)
+    torch.manual_seed(3)
+    whole.reset_parameters()
+    for held in (range(2), range(2, 6), range(6, 8)):
+        part = Experts(**sizes, held=held)
+        torch.manual_seed(3)
+        part.reset_parameters()
+        for all_of_them, some in zip(whole.parameters(), part.parameters(), strict=True):
+            assert torch.equal(some, all_of_them[held.start : held.stop])
+
+
 def test_w1_keeps_the_variance_and_w2_starts_at_zero() -> None:
     experts = Experts(num_experts=4, width=64, hidden_width=256, sublayers=2)
     torch.manual_seed(0)

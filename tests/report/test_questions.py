@@ -93,9 +93,10 @@ def test_the_leak_of_each_way_of_routing(experiment: Path) -> None:
     assert cells(table, 1)["routed as in training any"] == "0.00 %"
 
 
-def test_every_table_marks_what_looks_at_later_tokens_and_the_page_says_so_once(experiment: Path) -> None:
-    causal = {"causal_in_training": False, "evaluation_modes": {"expert_choice": False, "greedy": True}}
-    third = write_run(experiment / "third", "ExpertChoice", 4.0, ledger=causal)
+def test_every_table_marks_what_is_declared_and_the_page_says_so_once(experiment: Path) -> None:
+    modes = {"expert_choice": False, "greedy": True}
+    declared = {"causal_in_training": False, "evaluation_modes": modes, "straight_through": True}
+    third = write_run(experiment / "third", "ExpertChoice", 4.0, ledger=declared)
     rows = [
         (STEPS, "final_causality/leak_evaluation_any/max", 0.5),
         (STEPS, "train_step/idle_fraction_experts/mean", 0),
@@ -111,20 +112,21 @@ def test_every_table_marks_what_looks_at_later_tokens_and_the_page_says_so_once(
     balance, gap = found.pop("Balance: demand and load of each expert"), found.pop("What does balanced routing change?")
     for title, table in found.items():
         # As each is usually evaluated.
-        assert sorted(row[0] for row in table.rows) == ["BASE†", "ExpertChoice†‡", "Switch"], title
+        assert sorted(row[0] for row in table.rows) == ["BASE†", "ExpertChoice†‡‖", "Switch"], title
     # With a row for each way of routing, the mark is where it belongs.
     ways = {(row[0], row[1]) for row in balance.rows if row[1].startswith("evaluation")}
     assert ways == {
         ("BASE†", "evaluation, greedy"),
         ("BASE†", "evaluation, balanced‡"),
-        ("ExpertChoice†", "evaluation, expert_choice‡"),
-        ("ExpertChoice†", "evaluation, greedy"),
+        ("ExpertChoice†‖", "evaluation, expert_choice‡"),
+        ("ExpertChoice†‖", "evaluation, greedy"),
         ("Switch", "evaluation"),
     }
     assert [row[1] for row in gap.rows] == ["greedy", "balanced‡", "expert_choice‡", "greedy"]
     page = write_report(experiment, quiet=True)
     for text in (page.read_text(), page.with_suffix(".md").read_text()):
         assert text.count("† Not causal in training") == text.count("‡ Not causal in evaluation") == 1
+        assert text.count("‖ Learns through a straight-through gate") == 1
 
 
 def test_the_page_the_file_and_the_terminal_explain_the_marks(

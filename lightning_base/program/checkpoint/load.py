@@ -22,7 +22,7 @@ def expert_part(experts: range) -> str:
 
 
 def load(
-    path: Path, names: Collection[str] = (), experts: range | None = None, *, mapped: bool = False
+    path: Path, names: Collection[str] = (), experts: range | None = None, *, device: str = "cpu"
 ) -> dict[str, Any]:
     """Lightning's checkpoint as one process would have saved it, or with some of the experts alone.
 
@@ -32,18 +32,18 @@ def load(
         path: the checkpoint, which is not verified here.
         names: of the parameters, in the state dict, whose first dimension is the expert. Needed with ``experts``.
         experts: which of them to keep, of parameters and of what the optimizer knows of them; None keeps all.
-        mapped: for a look only: nothing is copied, and what an optimizer would keep still hangs on the file.
+        device: of all tensors; on ``meta`` they have shapes alone, and no number is read.
 
     Raises:
         CheckpointError: it cannot be read, or its parts do not belong together.
     """
     try:
-        state: dict[str, Any] = _load_part(path / STATE)
-        parts = [_load_part(path / Path(name).name) for name in read_facts(path)["parts"] if name != STATE]
+        state: dict[str, Any] = _load_part(path / STATE, device)
+        parts = [_load_part(path / Path(name).name, device) for name in read_facts(path)["parts"] if name != STATE]
         _insert_experts(state, sorted(parts, key=lambda part: part["experts"][0]), experts)
         if experts is not None:
             _keep_rows(state, set(names) - {name for part in parts for name in part["parameters"]}, experts)
-        for optimizer in [] if mapped else state.get("optimizer_states", []):
+        for optimizer in state.get("optimizer_states", []):
             for moments in optimizer["state"].values():
                 moments.update({k: v.clone() for k, v in moments.items() if isinstance(v, torch.Tensor)})
     except CheckpointError:
@@ -54,8 +54,8 @@ def load(
     return state
 
 
-def _load_part(path: Path) -> Any:
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+def _load_part(path: Path, device: str) -> Any:
+    return torch.load(path, map_location=device, weights_only=True, mmap=True)
 
 
 def _insert_experts(state: dict[str, Any], parts: list[dict[str, Any]], experts: range | None) -> None:

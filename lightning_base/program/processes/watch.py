@@ -27,7 +27,9 @@ IN_VAIN = re.compile(
     re.IGNORECASE,
 )
 # Where a rank is that waits for others: in a collective, or in the backward pass, of which DDP's are a part.
-COLLECTIVE = re.compile(r"distributed_c10d|functional_collectives|distributed/nn/functional|_engine_run_backward")
+COLLECTIVE = re.compile(
+    r"distributed_c10d|functional_collectives|distributed/nn/functional|distributed/meeting|_engine_run_backward"
+)
 
 
 @dataclass(frozen=True)
