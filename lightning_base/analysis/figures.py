@@ -43,7 +43,7 @@ def draw(findings: Findings, router: str) -> list[Picture]:
 
 def grid(layers: Sequence[LayerFindings], width: float, height: float) -> tuple[Figure, list[Axes]]:
     """A figure with a panel per layer, side by side, on one vertical axis."""
-    figure = Figure(figsize=(0.9 + width * len(layers), height), layout="constrained")
+    figure = Figure(figsize=(0.9 + width * len(layers), height))
     panels = figure.subplots(1, len(layers), squeeze=False, sharey=True)[0]
     for axes, layer in zip(panels, layers, strict=True):
         axes.set_title(layer.name.replace("_", " "), fontsize=10, loc="left")
@@ -103,7 +103,7 @@ def vocabulary(findings: Findings, router: str) -> Iterator[Picture]:
         panels[0].set_ylabel("share of the text")
         figure.supxlabel("largest share of a token's occurrences at one expert", fontsize=11)
         handles, names = panels[0].get_legend_handles_labels()
-        figure.legend(handles, names, loc="outside upper center", frameon=False, ncols=3)
+        figure.legend(handles, names, loc="outside upper center", ncols=3)
         caption = (
             "How much of the text consists of tokens that send at least this share of their occurrences to one expert, "
             "max over i of N(i, token)/N(token). At the right end the token alone decides the expert. Shuffled: the "
@@ -184,7 +184,7 @@ def over_training(findings: Findings, router: str) -> Iterator[Picture]:
 
 def curves(findings: Findings, lines: Sequence[list[tuple[int, float]]], router: str) -> tuple[Figure, Axes]:
     """A line of (step, share) per layer, in shades of the router's colour, the first layer darkest."""
-    figure = Figure(figsize=(5.4, 4.0), layout="constrained")
+    figure = Figure(figsize=(5.4, 4.0))
     axes = figure.subplots()
     color, marker = router_color(router)
     for i, (layer, points) in enumerate(zip(findings.layers, lines, strict=True)):
@@ -199,7 +199,7 @@ def curves(findings: Findings, lines: Sequence[list[tuple[int, float]]], router:
 
 def finish(name: str, title: str, caption: str, figure: Figure) -> Picture:
     """Adds the legend below."""
-    figure.legend(loc="outside lower center", frameon=False, ncols=3)
+    figure.legend(loc="outside lower center", ncols=3)
     return render(name, title, caption, figure)
 
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from lightning_base.report.read import LeftOut, Run, flatten
-from lightning_base.report.statistics import Interval, interval, paired
+from lightning_base.report.read import LeftOut, Run
+from lightning_base.report.statistics import Interval, interval
 from lightning_base.report.verify import sound_runs
 
 Number = Callable[[Run], float]
@@ -41,9 +41,8 @@ class Studies:
         if name not in self._read:
             if not (self.runs / name).is_dir():
                 raise MissingError(f"{name} has not run: make experiment EXPERIMENT={name}")
-            found = sound_runs(self.runs / name)
-            self.left_out += [replace(job, name=f"{name}/{job.name}") for job in found.left_out]
-            self._read[name] = found.runs
+            self._read[name], left_out = sound_runs(self.runs / name)
+            self.left_out += [replace(job, name=f"{name}/{job.name}") for job in left_out]
         return self._read[name]
 
     def commits(self) -> dict[str, set[str]]:
@@ -66,11 +65,12 @@ class Studies:
         wanted = {key.replace("__", "."): value for key, value in options.items()}
         found: Arm = {}
         for run in self.experiment(experiment):
-            values = flatten(run.config)
-            named = run.ledger["router"] == router and all(values.get(key) == value for key, value in wanted.items())
+            fits = all(run.fields.get(key) == value for key, value in wanted.items())
+            named = run.ledger["router"] == router and fits
             if named and where(run):
                 if run.seed in found:
-                    raise ValueError(f"{experiment}: {found[run.seed].name} and {run.name} are both {router} {wanted}")
+                    names = f"{found[run.seed].path.name} and {run.path.name}"
+                    raise ValueError(f"{experiment}: {names} are both {router} {wanted}")
                 found[run.seed] = run
         if not found:
             raise MissingError(f"{experiment} has no finished run of {router} {wanted or ''}".rstrip())
@@ -113,19 +113,7 @@ def last(name: str) -> Number:
     def read(run: Run) -> float:
         value = run.last(name)
         if value is None:
-            raise MissingError(f"{run.path.parent.name}/{run.name} has no {name}")
-        return value
-
-    return read
-
-
-def over_run(name: str) -> Number:
-    """The mean of a scalar over a run."""
-
-    def read(run: Run) -> float:
-        value = run.mean(name)
-        if value is None:
-            raise MissingError(f"{run.path.parent.name}/{run.name} has no {name}")
+            raise MissingError(f"{run.path.parent.name}/{run.path.name} has no {name}")
         return value
 
     return read
@@ -160,7 +148,7 @@ def difference(
         for name in names:
             if one[seed].manifest[name] != other[seed].manifest[name]:
                 raise ValueError(f"{one[seed].path} and {other[seed].path} differ in {name}: they are no pair")
-    return paired([number(one[seed]) for seed in seeds], [(others or number)(other[seed]) for seed in seeds])
+    return interval([number(one[seed]) - (others or number)(other[seed]) for seed in seeds])
 
 
 def best(arms: Mapping[Any, Arm], number: Number = final_loss) -> Any:

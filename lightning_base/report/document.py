@@ -1,45 +1,44 @@
 """The report before it has a format: sections of sentences, tables and figures."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lightning_base.report.answer import answer, cautions, footnotes, listed
-from lightning_base.report.fairness import BY_SEED, Comparison, compare, differences
-from lightning_base.report.labels import comparison_titles, labelled, short
+from lightning_base.report.fairness import BY_SEED, Comparison, compare
+from lightning_base.report.labels import apart, comparison_titles, labelled, short
 from lightning_base.report.read import LeftOut, ReportError
 from lightning_base.report.tables import Table, tables
 from lightning_base.report.verify import sound_runs
 from lightning_base.report.words import WORDS
+
+if TYPE_CHECKING:  # matplotlib takes a moment
+    from lightning_base.report.drawing import Picture
 
 
 @dataclass(frozen=True)
 class Section:
     """One comparison of labelled arms in words and tables; ``apart`` says why it is not part of the first one.
 
-    The first of the ``tables`` is the short one; ``notes`` explain signs that no earlier section has.
+    The first of the ``tables`` is the short one; ``notes`` explain signs that no earlier section has. The names of its
+    files begin with ``prefix``. Figures are drawn last.
     """
 
     title: str
     comparison: Comparison
     apart: list[str]
+    answer: list[str]
+    cautions: list[str]
     tables: list[Table]
     notes: list[str]
+    made_with: dict[str, str]
+    prefix: str
+    pictures: Sequence["Picture"] = ()
 
     @property
     def labels(self) -> list[str]:
         return [arm.label for arm in self.comparison.arms]
-
-    @property
-    def answer(self) -> list[str]:
-        return answer(self.comparison)
-
-    @property
-    def cautions(self) -> list[str]:
-        return list(cautions(self.comparison))
-
-    @property
-    def made_with(self) -> dict[str, str]:
-        return made_with(self.comparison)
 
 
 @dataclass(frozen=True)
@@ -57,12 +56,12 @@ def build(*directories: Path) -> Document:
     Raises:
         ReportError: a directory is not there, or no run in it is finished and sound.
     """
-    experiment = sound_runs(*directories)
-    if not experiment.runs:
-        states = [f"{job.label} is {job.state} ({job.reason})" for job in experiment.left_out]
+    runs, left_out = sound_runs(*directories)
+    if not runs:
+        states = [f"{job.label} is {job.state} ({job.reason})" for job in left_out]
         where = " and ".join(map(str, directories))
         raise ReportError(f"{where} holds no finished run that could be reported: {'; '.join(states)}")
-    comparisons = [labelled(comparison) for comparison in compare(experiment.runs)]
+    comparisons = [labelled(comparison) for comparison in compare(runs)]
     said: set[str] = set()
 
     def new(text: str) -> bool:
@@ -71,42 +70,42 @@ def build(*directories: Path) -> Document:
         said.add(text)
         return not known
 
-    sections = []
-    for title, comparison in zip(comparison_titles(comparisons), comparisons, strict=True):
-        explained = []
-        for table in tables(comparison):
-            words = [name for name in (column.heading for column in table.columns) if name in WORDS["headings"]]
-            explained.append(replace(table, help=tuple((w, WORDS["headings"][w]) for w in words if new(w))))
-        notes = [note for note in footnotes(comparison) if new(note)]
-        sections.append(Section(title, comparison, apart(comparison, comparisons[0]), explained, notes))
-    return Document(experiment.name, sections, experiment.left_out)
+    def explained(table: Table) -> Table:
+        texts = ((column.heading, WORDS["headings"].get(column.heading, "")) for column in table.columns)
+        return replace(table, help=tuple((name, text) for name, text in texts if text and new(name)))
 
-
-def apart(comparison: Comparison, first: Comparison) -> list[str]:
-    """The fields in which a comparison is not the first one, with both values."""
-    lines = []
-    for field, *values in differences(comparison, first):
-        here, there = map(short, values) if short(values[0]) != short(values[1]) else map(str, values)
-        lines.append(f"{field}: {here} here, {there} in the first table")
-    return lines
+    sections = [
+        Section(
+            title,
+            comparison,
+            apart=list(apart(comparison, comparisons[0])),
+            answer=list(answer(comparison)),
+            cautions=cautions(comparison),
+            tables=list(map(explained, tables(comparison))),
+            notes=list(filter(new, footnotes(comparison))),
+            made_with=made_with(comparison),
+            prefix=f"{i}_" if len(comparisons) > 1 else "",
+        )
+        for i, (title, comparison) in enumerate(zip(comparison_titles(comparisons), comparisons, strict=True), 1)
+    ]
+    return Document(" + ".join(directory.resolve().name for directory in directories), sections, left_out)
 
 
 def made_with(comparison: Comparison) -> dict[str, str]:
     """What all arms of a table share, by name."""
     shared, manifests = comparison.setting, [arm.first.manifest for arm in comparison.arms]
     corpus = manifests[0].get("corpus") or {}
-    steps, sequences = int(shared["steps"]), int(shared["sequences"])
     return {
-        "seeds": listed([str(seed) for seed in comparison.seeds]),
-        "steps": f"{steps:,} of {sequences // max(steps, 1):,} sequences",
-        "tokens trained on": f"{int(shared['tokens']):,}",
+        "seeds": listed(list(map(str, comparison.seeds))),
+        "steps": f"{shared['steps']:,} of {shared['sequences'] // max(shared['steps'], 1):,} sequences",
+        "tokens trained on": f"{shared['tokens']:,}",
         "corpus": short(shared["corpus_fingerprint"]),
         **{name.replace("_", " "): f"{corpus[name]:,}" for name in corpus if isinstance(corpus[name], int)},
         "unigram entropy": f"{corpus['unigram_entropy']:.4f} nats" if "unigram_entropy" in corpus else "–",
         **{name.removesuffix("_fingerprint").replace("_", " "): short(shared[name]) for name in BY_SEED},
-        "commit": short(shared["git_commit"]),
-        "device": listed(sorted({str(manifest["device"]) for manifest in manifests})),
+        "commit": short(shared.get("git_commit")),
+        "device": listed(sorted({manifest["device"] for manifest in manifests})),
         "processes": listed(sorted({str(manifest["world_size"]) for manifest in manifests})),
-        "Python": str(shared["python"]),
+        "Python": str(shared.get("python")),
         **{key.removeprefix("packages."): str(value) for key, value in shared.items() if key.startswith("packages.")},
     }

@@ -2,7 +2,7 @@
 
 import textwrap
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from typing import Any
@@ -46,20 +46,6 @@ LOOK = TEMPLATES / "figures.mplstyle"
 
 
 @dataclass(frozen=True)
-class Style:
-    """How an arm looks: ``color`` as #rrggbb, ``marker`` and ``line`` as matplotlib knows them."""
-
-    color: str
-    marker: str
-    line: str
-
-    @property
-    def of_line(self) -> dict[str, Any]:
-        """As arguments of ``plot``."""
-        return {"color": self.color, "marker": self.marker, "ls": self.line}
-
-
-@dataclass(frozen=True)
 class Picture:
     """A drawn figure: its file name without a suffix, what one sees in it, and its bytes in two formats.
 
@@ -79,14 +65,14 @@ def router_color(router: str) -> tuple[str, str]:
     return ROUTERS.get(router) or SPARE[zlib.crc32(router.encode()) % len(SPARE)]
 
 
-def styles(arms: Sequence[Arm]) -> list[Style]:
-    """A style per arm: the router's colour; arms of one router get lighter shades and other lines, in order."""
-    found = []
-    for i, arm in enumerate(arms):
-        alike = [j for j, other in enumerate(arms) if other.router == arm.router]
-        place = alike.index(i)
-        color, marker = router_color(arm.router)
-        found.append(Style(lighten(color, 0.5 * place / max(1, len(alike) - 1)), marker, LINES[place % len(LINES)]))
+def styles(arms: Sequence[Arm]) -> dict[Arm, dict[str, Any]]:
+    """How the line of each arm looks: the router's colour; arms of one router get lighter shades and other lines."""
+    found = {}
+    for arm in arms:
+        alike = [other for other in arms if other.router == arm.router]
+        place, (color, marker) = alike.index(arm), router_color(arm.router)
+        shade = lighten(color, 0.5 * place / max(1, len(alike) - 1))
+        found[arm] = {"color": shade, "marker": marker, "ls": LINES[place % len(LINES)]}
     return found
 
 
@@ -108,7 +94,13 @@ def render(name: str, title: str, caption: str, figure: Figure) -> Picture:
     return Picture(name, title, caption, float(figure.get_figwidth()), svg.getvalue(), png.getvalue())
 
 
-def legend_columns(labels: Sequence[str]) -> int:
+def chart(width: float, height: float) -> tuple[Figure, Axes]:
+    """A figure of so many inches with one panel."""
+    figure = Figure(figsize=(width, height))
+    return figure, figure.subplots()
+
+
+def legend_columns(labels: Iterable[str]) -> int:
     """How many labels fit beside each other under a figure."""
     longest = max(map(len, labels))
     return 4 if longest < 9 else 2 if longest < 24 else 1
@@ -134,7 +126,7 @@ def panels(
         a suffix for the figure's name, the figure, and its panels with what is drawn in each.
     """
     for part, layers in chunks(list(dict.fromkeys(layer for _, found in rows for layer in found))):
-        figure = Figure(figsize=(2 + 3 * len(layers), 0.8 + 1.6 * len(rows)), layout="constrained")
+        figure = Figure(figsize=(2 + 3 * len(layers), 0.8 + 1.6 * len(rows)))
         grid = figure.subplots(len(rows), len(layers), squeeze=False, **options)
         drawn = []
         for (label, found), line in zip(rows, grid, strict=True):

@@ -6,20 +6,27 @@ a seed and have, seed by seed, the same batches and initial weights. Differences
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
-from lightning_base.program.run_directory import EXECUTION
+from lightning_base.program.run_directory import EXECUTION, under
 from lightning_base.report.read import Run, flatten
 
-# The router's own side of the configuration: what a comparison is about.
+# Of the manifest, what has to agree beside the configuration: the last are the checkpoint that a run started from, and
+# what the configuration file of a model of transformers said.
+COUNTED = ("steps", "sequences", "tokens")
+SHARED = ("corpus_fingerprint", *COUNTED, "git_commit", "python", "packages", "started_from", "architecture")
+# What changes the speed of a run and not its numbers.
+EXECUTED = (*EXECUTION, "world_size", "device")
+# The router's own side of a run: what a comparison is about.
 ROUTER = (
     "router",
     "module.loss_coefficients",
     "module.router_init_scale",
     "module.router_learning_rate_factor",
     "model.shuffle_tokens",
+    "ledger.loss_coefficients",
 )
 # Names and places; they change nothing that is computed.
 NAMING = (
@@ -37,9 +44,10 @@ NAMING = (
 CALLBACKS = "lightning_base.callbacks."
 BY_SEED = ("batch_fingerprint", "initial_weights_fingerprint")
 THREADS = re.compile(r", \d+ threads?$")
+Item = TypeVar("Item")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Arm:
     """One router with its options: a run per seed, in the order of the seeds, and what tells it from other arms."""
 
@@ -97,104 +105,65 @@ class Comparison:
         return tuple(self.setting["seed"])
 
     @property
-    def reference(self) -> int:
+    def reference(self) -> Arm:
         """The arm that others are held against: the one with one expert, or else the first that may be ranked."""
-        ranked = [i for i, arm in enumerate(self.arms) if arm.causal]
-        return next((i for i in ranked if not self.arms[i].sparse), ranked[0] if ranked else 0)
+        ranked = [arm for arm in self.arms if arm.causal] or self.arms
+        return next((arm for arm in ranked if not arm.sparse), ranked[0])
 
 
 def compare(runs: list[Run]) -> list[Comparison]:
     """Groups runs into comparisons: the one with the most arms first, then in the order of the runs."""
-    arms: dict[tuple[Any, ...], list[Run]] = {}
-    for run in runs:
-        key = [repr(sorted(found.items())) for found in (shared_setting(run), router_side(run), execution(run))]
-        # The same arm with the same seed twice: a repetition, shown as an arm of its own.
-        repeat = 0
-        while any(other.seed == run.seed for other in arms.get((*key, repeat), [])):
-            repeat += 1
-        arms.setdefault((*key, repeat), []).append(run)
-    ordered = [Arm(tuple(sorted(found, key=lambda run: run.seed))) for found in arms.values()]
-    groups: list[list[Arm]] = []
+    sides = {run: (shared_setting(run), run.chosen(ROUTER), run.chosen(EXECUTED)) for run in runs}
+
+    def repeats(run: Run, arm: list[Run]) -> bool:
+        # The same arm with the same seed twice is shown as an arm of its own.
+        return sides[run] == sides[arm[0]] and run.seed not in [other.seed for other in arm]
+
+    arms = [Arm(tuple(sorted(found, key=lambda run: run.seed))) for found in gather(runs, repeats)]
+    place = {arm: i for i, arm in enumerate(arms)}
     # Those with most seeds first, so that a table has a seed in common wherever there is one.
-    for arm in sorted(ordered, key=lambda arm: -len(arm.runs)):
-        group = next((group for group in groups if belongs(arm, group)), None)
-        groups.append([arm]) if group is None else group.append(arm)
-    place = {id(arm): i for i, arm in enumerate(ordered)}
-    found_groups = [tuple(sorted(group, key=lambda arm: place[id(arm)])) for group in groups]
-    found_groups.sort(key=lambda group: (-len(group), place[id(group[0])]))
-    return [Comparison(group, setting(group)) for group in found_groups]
+    groups = gather(sorted(arms, key=lambda arm: -len(arm.runs)), belongs)
+    ordered = [sorted(group, key=lambda arm: place[arm]) for group in groups]
+    ordered.sort(key=lambda group: (-len(group), place[group[0]]))
+    return [Comparison(tuple(group), setting(group)) for group in ordered]
 
 
-def belongs(arm: Arm, group: list[Arm]) -> bool:
-    """Whether an arm agrees with those of a table, and shares a seed with one of them."""
-    mine, theirs = setting((arm,)), setting(tuple(group))
-    agree = all(mine.get(key) == theirs.get(key) for key in {*mine, *theirs} - {"seed", *BY_SEED})
-    shared = set(mine["seed"]) & set(theirs["seed"])
-    return agree and bool(shared) and all(mine[key][seed] == theirs[key][seed] for key in BY_SEED for seed in shared)
+def gather(items: Iterable[Item], fits: Callable[[Item, list[Item]], bool]) -> list[list[Item]]:
+    """Puts each item into the first group that it fits, or into one of its own."""
+    groups: list[list[Item]] = []
+    for item in items:
+        group = next((group for group in groups if fits(item, group)), None)
+        groups.append([item]) if group is None else group.append(item)
+    return groups
+
+
+def belongs(arm: Arm, group: Sequence[Arm]) -> bool:
+    """Whether an arm shares a seed with one of a table, and agrees with all of them in what has to agree."""
+    shared = {seed for other in group for seed in other.seeds if seed in arm.seeds}
+    return bool(shared) and setting((arm,), shared) == setting(group, shared)
+
+
+def setting(arms: Sequence[Arm], seeds: set[int] | None = None) -> dict[str, Any]:
+    """What has to agree between arms: the shared setting, the seeds, or only some, and what depends on each seed."""
+    runs = {run.seed: run for arm in arms for run in arm.runs if seeds is None or run.seed in seeds}
+    by_seed = {name: {seed: runs[seed].manifest[name] for seed in sorted(runs)} for name in BY_SEED}
+    return {**shared_setting(arms[0].first), "seed": sorted(runs), **by_seed}
 
 
 def shared_setting(run: Run) -> dict[str, Any]:
     """What has to agree between runs of any seed, by dotted key."""
-    manifest = run.manifest
-    found = {name: manifest[name] for name in ("corpus_fingerprint", "steps", "sequences", "tokens")}
-    found |= {"git_commit": manifest.get("git_commit"), "python": manifest.get("python")}
-    found["device"] = THREADS.sub("", manifest["device"])
-    # Trained from there on, whatever the configuration says of the time before.
-    found |= {"started_from": manifest["started_from"]} if manifest.get("started_from") else {}
-    # Of a model of transformers: what its configuration file said.
-    found |= flatten({"architecture": manifest["architecture"]}) if manifest.get("architecture") else {}
-    found |= {f"packages.{name}": version for name, version in manifest["packages"].items()}
-    return found | configured(run, (*ROUTER, *NAMING, *EXECUTION, *looking_on(run), "seed"), without=True)
+    # Callbacks of somebody else's may change what is computed.
+    callbacks = (run.config.get("callbacks") or {}).items()
+    ours = tuple(f"callbacks.{name}" for name, node in callbacks if str(node.get("_target_")).startswith(CALLBACKS))
+    other = (*ROUTER, *NAMING, *EXECUTION, *ours, "seed")
+    configured = {key: run.fields[key] for key in flatten(run.config) if not under(key, other)}
+    return {**run.chosen(SHARED), "device": THREADS.sub("", run.manifest["device"]), **configured}
 
 
-def looking_on(run: Run) -> list[str]:
-    """The keys of callbacks that change nothing that is computed; one of somebody else's may."""
-    listed = run.config.get("callbacks") or {}
-    return [f"callbacks.{name}" for name, node in listed.items() if str(node.get("_target_")).startswith(CALLBACKS)]
-
-
-def setting(arms: tuple[Arm, ...]) -> dict[str, Any]:
-    """What has to agree between arms: the shared setting, the seeds, and what depends on each seed."""
-    runs = {run.seed: run for arm in arms for run in arm.runs}
-    found = {**shared_setting(arms[0].first), "seed": sorted(runs)}
-    return found | {name: {seed: runs[seed].manifest[name] for seed in sorted(runs)} for name in BY_SEED}
-
-
-def router_side(run: Run) -> dict[str, Any]:
-    """The router's options and the coefficients of its losses: what may differ between arms."""
-    return configured(run, ROUTER) | flatten({"loss_coefficients": run.ledger.get("loss_coefficients") or {}})
-
-
-def execution(run: Run) -> dict[str, Any]:
-    """What changes the speed of a run and not its numbers."""
-    return configured(run, EXECUTION) | {"world_size": run.manifest["world_size"], "device": run.manifest["device"]}
-
-
-def configured(run: Run, names: tuple[str, ...], without: bool = False) -> dict[str, Any]:
-    """The configuration under some names, or without them, by dotted key."""
-    found = flatten(run.config).items()
-    return {key: value for key, value in found if any(f"{key}.".startswith(f"{n}.") for n in names) != without}
-
-
-def differences(one: Comparison, other: Comparison) -> list[tuple[str, Any, Any]]:
-    """The fields in which two comparisons differ, with both values; those that somebody configured come first.
-
-    What depends on the seed is compared for the seeds that both have.
-    """
-    shared = sorted(set(one.seeds) & set(other.seeds))
-    found = []
-    for key in sorted({*one.setting, *other.setting}, key=lambda key: (not is_configured((one, other), key), key)):
-        here, there = one.setting.get(key), other.setting.get(key)
-        if key not in BY_SEED:
-            found.append((key, here, there))
-        for seed in shared if key in BY_SEED else ():
-            field = key if len(shared) == 1 else f"{key} (seed {seed})"
-            found.append((field, one.setting[key][seed], other.setting[key][seed]))
-    return [(field, here, there) for field, here, there in found if here != there]
-
-
-def is_configured(comparisons: Sequence[Comparison], key: str) -> bool:
-    return any(key in flatten(comparison.arms[0].first.config) for comparison in comparisons)
+def varying(described: Sequence[dict[str, Any]]) -> list[str]:
+    """The keys with values that are not the same in all of these, in order."""
+    keys = sorted({key for each in described for key in each})
+    return [key for key in keys if any(each.get(key) != described[0].get(key) for each in described)]
 
 
 def stage_of(arm: Arm, mode: str) -> str:

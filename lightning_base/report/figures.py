@@ -12,57 +12,58 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from lightning_base.report import measures
-from lightning_base.report.answer import against_reference
-from lightning_base.report.drawing import LOOK, Picture, Style, heatmap, legend_columns, panels, render, styles
+from lightning_base.report.answer import contrasts
+from lightning_base.report.drawing import LOOK, Picture, chart, heatmap, legend_columns, panels, render, styles
 from lightning_base.report.fairness import Arm, Comparison, stage_of
-from lightning_base.report.measures import CURVE, by_seed, final_loss, mean, validated
-from lightning_base.report.read import Run
-from lightning_base.report.speed import speed
+from lightning_base.report.measures import CURVE, by_seed, final_loss, mean, speed, validated
+from lightning_base.report.read import Counts
 from lightning_base.report.statistics import margin
 from lightning_base.report.words import WORDS
 
 CAPTIONS = WORDS["captions"]
+# How the lines of each arm look.
+Looks = dict[Arm, dict[str, Any]]
 
 
 def pictures(comparison: Comparison) -> list[Picture]:
     """All figures of a comparison; those without data are left out."""
-    arms, looks = comparison.arms, styles(comparison.arms)
     with mpl.rc_context(fname=LOOK):
+        looks = styles(comparison.arms)
         return [
             *differences(comparison, looks),
-            *loss_curves(arms, looks),
-            *pareto(arms),
-            *load_bars(arms, looks),
-            *load_heatmaps(arms),
-            *drops_by_position(arms, looks),
-            *time_bars(arms),
+            *loss_curves(looks),
+            *pareto(comparison.arms),
+            *load_bars(looks),
+            *load_heatmaps(comparison.arms),
+            *drops_by_position(looks),
+            *time_bars(comparison.arms),
         ]
 
 
-def differences(comparison: Comparison, looks: Sequence[Style]) -> Iterator[Picture]:
+def differences(comparison: Comparison, looks: Looks) -> Iterator[Picture]:
     """A forest plot: an arm a line, its difference to the reference with its interval, a dot per seed."""
-    arms, reference = comparison.arms, comparison.arms[comparison.reference].label
-    found = sorted(against_reference(comparison).values(), key=lambda contrast: contrast.interval.mean)
+    reference, arms = comparison.reference, comparison.arms
+    found = sorted(contrasts(reference, arms).values(), key=lambda contrast: contrast.interval.mean)
     if not found:
         return
-    figure = Figure(figsize=(5.6, 1.2 + 0.36 * len(found)), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = chart(5.6, 1.2 + 0.36 * len(found))
     axes.axvline(0, color="#444444", lw=1)
     for line, contrast in enumerate(found):
-        gap, color = contrast.interval, looks[contrast.arm].color
-        axes.plot(gap.values, [line - 0.2 * gap.known] * gap.n, "o", color=color, ms=4.5, alpha=0.6, mec="none")
+        gap, color = contrast.interval, looks[contrast.arm]["color"]
+        axes.plot(
+            gap.values, [line - 0.2 * gap.known] * len(gap.values), "o", color=color, ms=4.5, alpha=0.6, mec="none"
+        )
         if gap.known:
             axes.plot((gap.low, gap.high), (line, line), color=color, lw=2, solid_capstyle="butt")
             filled = color if contrast.decided else "white"
-            axes.plot(gap.mean, line, "D", color=color, mfc=filled, ms=7, gid=f"difference{contrast.arm}")
-    axes.set_yticks(range(len(found)), [arms[contrast.arm].label for contrast in found])
-    axes.set_ylim(len(found) - 0.5, -0.5)
+            axes.plot(gap.mean, line, "D", color=color, mfc=filled, ms=7, gid=f"difference{arms.index(contrast.arm)}")
+    axes.set_yticks(range(len(found)), [contrast.arm.label for contrast in found])
+    axes.set(ylim=(len(found) - 0.5, -0.5), xlabel=f"loss minus that of {reference.label} [nats per token]")
     axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.grid(axis="y", visible=False)
-    axes.set_xlabel(f"loss minus that of {reference} [nats per token]")
     several = any(contrast.interval.known for contrast in found)
     caption = CAPTIONS["difference" if several else "difference_of_one_seed"]
-    yield render("difference", f"Difference to {reference}", caption, figure)
+    yield render("difference", f"Difference to {reference.label}", caption, figure)
 
 
 SHOWN = {
@@ -72,74 +73,58 @@ SHOWN = {
 }
 
 
-def loss_curves(arms: Sequence[Arm], looks: Sequence[Style]) -> Iterator[Picture]:
+def loss_curves(looks: Looks) -> Iterator[Picture]:
     """Validation loss against steps, training time and FLOPs."""
+    arms = list(looks)
     if not validated(arms):
         return
-    sequences = arms[0].first.config.get("data", {}).get("validation_sequences")
+    sequences = arms[0].first.fields.get("data.validation_sequences")
     text = f"{sequences} sequences spread evenly over the validation text" if sequences else "the validation text"
-    several = max(len(arm.runs) for arm in arms) > 1
-    spread = " Lines are means over seeds, bands their 95 % t intervals." if several else ""
-    across = legend_columns([arm.label for arm in arms])
+    spread = " Lines are means over seeds, bands their 95 % t intervals." * any(len(arm.runs) > 1 for arm in arms)
+    across = legend_columns(arm.label for arm in arms)
     for key, (axis, title) in SHOWN.items():
-        figure = Figure(figsize=(5.4, 4.0 + 0.24 * -(-len(arms) // across)), layout="constrained")
-        axes = figure.subplots()
+        figure, axes = chart(5.4, 4.0 + 0.24 * -(-len(arms) // across))
         ends = {}
-        for i, (arm, look) in enumerate(zip(arms, looks, strict=True)):
-            runs = validated([arm])
-            if not runs:
-                continue
-            length = min(len(run.series[CURVE].values) for run in runs)
-            x = np.mean([measures.cost(run, key)[:length] for run in runs], 0)
-            y = np.stack([run.series[CURVE].values[:length] for run in runs])
-            (line,) = axes.plot(x, y.mean(0), ms=5, label=arm.label, gid=f"line{i}", **look.of_line)
-            if len(runs) > 1:
-                half = np.array([margin(column) for column in y.T.tolist()])
-                axes.fill_between(x, y.mean(0) - half, y.mean(0) + half, color=look.color, alpha=0.15, lw=0)
-            ends[line] = float(y[:, -1].mean())
-        axes.set(xlabel=axis, ylabel="validation loss [nats per token]")
-        axes.set_xlim(left=0)
+        for i, (arm, look) in enumerate(looks.items()):
+            if runs := validated([arm]):
+                length = min(len(run.series[CURVE].values) for run in runs)
+                x = np.mean([measures.cost(run, key)[:length] for run in runs], 0)
+                y = np.stack([run.series[CURVE].values[:length] for run in runs])
+                (line,) = axes.plot(x, y.mean(0), ms=5, label=arm.label, gid=f"line{i}", **look)
+                ends[line] = float(y[:, -1].mean())
+                if len(runs) > 1:
+                    half = np.array([margin(column) for column in y.T.tolist()])
+                    axes.fill_between(x, y.mean(0) - half, y.mean(0) + half, color=look["color"], alpha=0.15, lw=0)
+        axes.set(xlabel=axis, ylabel="validation loss [nats per token]", xlim=(0, None))
         if key == "FLOPs":
             axes.xaxis.set_major_formatter(EngFormatter())
         # In the order in which the lines end, the highest first.
-        handles = sorted(ends, key=lambda line: -ends[line])
-        figure.legend(handles=handles, loc="outside lower center", frameon=False, ncols=across)
+        figure.legend(handles=sorted(ends, key=lambda line: -ends[line]), loc="outside lower center", ncols=across)
         caption = f"Validation loss over {text} (the table has all of it) against {axis}. {CAPTIONS[key]}{spread}"
         yield render(f"loss_{key.lower()}", title, caption, figure)
 
 
 def pareto(arms: Sequence[Arm]) -> Iterator[Picture]:
     """Loss against speed, balance in colour; a line joins the arms that none beats in both."""
-    points = [
-        (pace, loss, arm)
-        for arm in arms
-        if (pace := mean(arm, speed)) is not None and np.isfinite(loss := mean(arm, final_loss) or np.nan)
-    ]
+    found = {arm: (mean(arm, speed), mean(arm, final_loss)) for arm in arms}
+    points = {arm: point for arm, point in found.items() if np.isfinite(point).all()}
     if len(points) < 2:
         return
-    figure = Figure(figsize=(5.6, 4.2), layout="constrained")
-    axes = figure.subplots()
-    front = pareto_front([(pace, loss) if arm.causal else (0.0, np.inf) for pace, loss, arm in points])
-    axes.plot(*zip(*sorted(points[j][:2] for j in front), strict=True), color="#888888", lw=1, ls="--", gid="front")
-    violations = [mean(arm, measures.ROUTED[-1].read) for *_, arm in points]
-    paces, losses, _ = zip(*points, strict=True)
-    shown = axes.scatter(
-        paces,
-        losses,
-        c=[np.nan if value is None else value for value in violations],
-        s=80,
-        cmap="viridis_r",
-        edgecolors="black",
-        zorder=3,
-        plotnonfinite=True,
-    )
+    figure, axes = chart(5.6, 4.2)
+    front = pareto_front([point if arm.causal else (0.0, np.inf) for arm, point in points.items()])
+    joined = sorted(list(points.values())[i] for i in front)
+    axes.plot(*zip(*joined, strict=True), color="#888888", lw=1, ls="--", gid="front")
+    balance = [mean(arm, measures.ROUTED[-1].read) for arm in points]
+    look: dict[str, Any] = {"s": 80, "cmap": "viridis_r", "edgecolors": "black", "zorder": 3, "plotnonfinite": True}
+    paces, losses = zip(*points.values(), strict=True)
+    shown = axes.scatter(paces, losses, c=balance, **look)
     axes.margins(0.15)
     seen = axes.get_xlim(), axes.get_ylim()
-    for pace, loss, arm in points:
+    for arm, point in points.items():
         across, along = (margin(list(by_seed(arm, read).values())) for read in (speed, final_loss))
-        axes.errorbar(pace, loss, xerr=across, yerr=along, color="#999999", lw=1)
+        axes.errorbar(*point, xerr=across, yerr=along, color="#999999", lw=1)
         text = arm.label + "‡" * (not arm.causal)
-        axes.annotate(text, (pace, loss), (7, 5), textcoords="offset points", fontsize=10)
+        axes.annotate(text, point, (7, 5), textcoords="offset points", fontsize=10)
     axes.set(xlim=seen[0], ylim=seen[1], xlabel="training tokens per second", ylabel="validation loss [nats per token]")
     figure.colorbar(shown, ax=axes, label="max_vio in evaluation (0 is even)")
     yield render("pareto", "Loss, speed and balance", CAPTIONS["pareto"], figure)
@@ -155,20 +140,18 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
     ]
 
 
-def load_bars(arms: Sequence[Arm], looks: Sequence[Style]) -> Iterator[Picture]:
+def load_bars(looks: Looks) -> Iterator[Picture]:
     """Load of each expert in the final evaluation: a row per arm and evaluation mode, a column per layer."""
     rows: list[tuple[str, dict[str, Any]]] = []
-    for arm, look in zip(arms, looks, strict=True):
+    for arm, look in looks.items():
         for mode in arm.modes if arm.sparse else []:
-            stage = f"{stage_of(arm, mode)}_pass"
-            label = f"{arm.label}, {mode}" if len(arm.modes) > 1 else arm.label
-            shares = {
-                layer: np.mean(
-                    [relative(run, stage, layer) for run in arm.runs if layer in run.counts.get(stage, {})], 0
-                )
-                for layer in arm.first.counts.get(stage, {})
-            }
-            rows += [(label, {layer: (found, look.color) for layer, found in shares.items()})] * bool(shares)
+            found: dict[str, list[np.ndarray]] = {}
+            for run in arm.runs:
+                for layer, counts in run.counts.get(f"{stage_of(arm, mode)}_pass", {}).items():
+                    found.setdefault(layer, []).append(relative(counts))
+            label = arm.label + f", {mode}" * (len(arm.modes) > 1)
+            bars = {layer: (np.mean(shares, 0), look["color"]) for layer, shares in found.items()}
+            rows += [(label, bars)] * bool(found)
     for part, figure, drawn in panels(rows, sharey=True):
         for axes, ((demand_E, load_E), color) in drawn:
             experts = np.arange(len(load_E))
@@ -176,11 +159,17 @@ def load_bars(arms: Sequence[Arm], looks: Sequence[Style]) -> Iterator[Picture]:
             axes.bar(experts, demand_E - load_E, bottom=load_E, color="white", edgecolor=color, width=0.75)
             axes.axhline(1, color="#444444", lw=1)
             axes.grid(axis="x", visible=False)
-            axes.set_xticks(experts if len(experts) <= 8 else experts[:: len(experts) // 8])
+            axes.set_xticks(experts[:: max(len(experts) // 8, 1)])
         figure.supxlabel("expert", fontsize=11)
         figure.supylabel("tokens / even share", fontsize=11)
         title = f"Load per expert in evaluation{part.replace('_', ' ')}"
         yield render(f"load_bars{part}", title, CAPTIONS["load_bars"], figure)
+
+
+def relative(counts: Counts) -> np.ndarray:
+    """Demand and load of the last pass relative to an even share of the demand, [2, E]."""
+    both_2E = np.stack([counts.demand[-1], counts.load[-1]])
+    return np.asarray(both_2E / max(both_2E[0].mean(), 1e-9))
 
 
 def load_heatmaps(arms: Sequence[Arm]) -> Iterator[Picture]:
@@ -192,7 +181,7 @@ def load_heatmaps(arms: Sequence[Arm]) -> Iterator[Picture]:
         for axes, counts in drawn:
             image = heatmap(axes, (counts.demand / np.maximum(counts.demand.mean(1, keepdims=True), 1e-9)).T)
             shown = np.unique(np.linspace(0, len(counts.steps) - 1, min(5, len(counts.steps))).astype(int))
-            axes.set_xticks(shown, [str(counts.steps[i]) for i in shown])
+            axes.set_xticks(shown, map(str, counts.steps[shown]))
             axes.set_yticks(sorted({0, counts.demand.shape[1] - 1}))
         figure.supxlabel("step", fontsize=11)
         figure.supylabel("expert", fontsize=11)
@@ -202,53 +191,42 @@ def load_heatmaps(arms: Sequence[Arm]) -> Iterator[Picture]:
         yield render(f"load_over_time{part}", title, CAPTIONS["load_over_time"] + seed, figure)
 
 
-def drops_by_position(arms: Sequence[Arm], looks: Sequence[Style]) -> Iterator[Picture]:
+def drops_by_position(looks: Looks) -> Iterator[Picture]:
     """Drop rate against the place in the routing group, in training and in evaluation, for arms that drop."""
-    figure = Figure(figsize=(7.6, 3.6), layout="constrained")
+    figure = Figure(figsize=(7.6, 3.6))
     grid = figure.subplots(1, 2, sharey=True)
     dropping: dict[str, Any] = {}
     for axes, stage, title in zip(grid, ("train_step", "final_pass"), ("training", "evaluation"), strict=True):
-        for arm, look in zip(arms, looks, strict=True):
-            counts = [layer for run in arm.runs for layer in run.drops.get(stage, {}).values()]
-            asked_N, dropped_N = np.sum(counts, 0) if counts else np.zeros((2, 1))
-            if dropped_N.any():
-                x, share_N = (np.arange(len(asked_N)) + 0.5) / len(asked_N), dropped_N / np.maximum(asked_N, 1)
-                dropping[arm.label] = axes.plot(100 * x, 100 * share_N, ms=4, **look.of_line)[0]
+        for arm, look in looks.items():
+            layers = [counts for run in arm.runs for counts in run.drops.get(stage, {}).values()]
+            dropped_N = sum(counts.load.sum(0) for counts in layers)
+            if np.any(dropped_N):
+                asked_N = sum(counts.demand.sum(0) for counts in layers)
+                x = 100 * (np.arange(len(asked_N)) + 0.5) / len(asked_N)
+                dropping[arm.label] = axes.plot(x, 100 * dropped_N / np.maximum(asked_N, 1), ms=4, **look)[0]
         axes.set_title(title, fontsize=11, loc="left")
-        axes.set_xlabel("place in the routing group [%]")
-        axes.set_ylim(bottom=0)
+        axes.set(xlabel="place in the routing group [%]", ylim=(0, None))
     if dropping:
         grid[0].set_ylabel("dropped [%]")
-        across = legend_columns([arm.label for arm in arms])
-        figure.legend(dropping.values(), dropping, loc="outside lower center", frameon=False, ncols=across)
+        across = legend_columns(arm.label for arm in looks)
+        figure.legend(dropping.values(), dropping, loc="outside lower center", ncols=across)
         yield render("drops_by_position", "Drops by position", CAPTIONS["drops_by_position"], figure)
 
 
 def time_bars(arms: Sequence[Arm]) -> Iterator[Picture]:
     """The parts of a training step in milliseconds: a bar per arm."""
-    times = {
-        arm.label: [1e3 * (mean(arm, measures.logged(f"train_time/{phase}", 1)) or 0.0) for phase in measures.PHASES]
-        for arm in arms
-    }
-    shown = {label: taken for label, taken in times.items() if any(taken)}
+    phases = {phase: measures.milliseconds(f"train_time/{phase}") for phase in measures.PHASES}
+    times = {arm.label: np.nan_to_num([mean(arm, read) for read in phases.values()]) for arm in arms}
+    shown = {label: taken for label, taken in times.items() if taken.any()}
     if not shown:
         return
-    figure = Figure(figsize=(7.6, 1.4 + 0.34 * len(shown)), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = chart(7.6, 1.4 + 0.34 * len(shown))
     left = np.zeros(len(shown))
-    for (phase, color), width in zip(measures.PHASES.items(), np.array(list(shown.values())).T, strict=True):
+    for (phase, color), width in zip(measures.PHASES.items(), np.transpose(list(shown.values())), strict=True):
         axes.barh(list(shown), width, left=left, color=color, label=phase.replace("_", " "), height=0.7)
         left += width
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
     axes.set_xlabel("time of a training step [ms]")
-    figure.legend(loc="outside lower center", frameon=False, ncols=4, fontsize=10)
+    figure.legend(loc="outside lower center", ncols=4, fontsize=10)
     yield render("step_time", "Where the time of a step goes", CAPTIONS["step_time"], figure)
-
-
-def relative(run: Run, stage: str, layer: str) -> np.ndarray:
-    """Demand and load of the last pass relative to an even share of the demand, [2, E]."""
-    counts = run.counts[stage][layer]
-    both_2E = np.stack([counts.demand[-1], counts.load[-1]]).astype(float)
-    relative_2E: np.ndarray = both_2E / max(both_2E[0].mean(), 1e-9)
-    return relative_2E

@@ -6,22 +6,17 @@ import io
 import json
 import re
 import shlex
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from markupsafe import escape as escape_html
 
-from lightning_base.report.document import Document
 from lightning_base.report.read import printable
 from lightning_base.report.tables import Strong, Table
-from lightning_base.report.words import TEMPLATES, WORDS
-
-if TYPE_CHECKING:  # matplotlib takes a moment
-    from lightning_base.report.drawing import Picture
+from lightning_base.report.words import TEMPLATES
 
 LATEX = {c: f"\\{c}" for c in "&%$#_{}"} | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}"}
 LATEX |= {"^": r"\textasciicircum{}", "±": r"$\pm$", "−": "$-$", "–": "--", "†": r"\dag{}", "‡": r"\ddag{}"}
@@ -50,33 +45,16 @@ def render(template: str, *folders: Path, **what: Any) -> str:
         loader=FileSystemLoader([*folders, TEMPLATES]),
     )
     environment.tests["strong"] = lambda text: isinstance(text, Strong)
-    environment.filters |= {"columns": columns, "command": shlex.join}
-    environment.filters["encoded"] = lambda content: base64.b64encode(content).decode()
-    environment.filters["json"] = lambda content: json.dumps(content, indent=2)
-    environment.filters["yaml"] = lambda content: yaml.safe_dump(content, sort_keys=False)
-    # Cells break before an interval only: a column is then as narrow as its mean.
-    environment.filters["glued"] = lambda text: re.sub(" (?![±(])", "\u00a0", text)
+    environment.filters |= {
+        "columns": columns,
+        "command": shlex.join,
+        "encoded": lambda content: base64.b64encode(content).decode(),
+        "json": lambda content: json.dumps(content, indent=2),
+        "yaml": lambda content: yaml.safe_dump(content, sort_keys=False),
+        # Cells break before an interval only: a column is then as narrow as its mean.
+        "glued": lambda text: re.sub(" (?![±(])", "\u00a0", text),
+    }
     return environment.get_template(template).render(what)
-
-
-def page(template: str, document: Document, pictures: Sequence[Sequence["Picture"]] = (), folder: str = "") -> str:
-    """A page of the whole report; those that do not hold their figures find them as files in ``folder``.
-
-    Args:
-        template: ``report.html`` needs nothing else; ``report.md``; ``report.txt`` has answers and short tables alone.
-        document: what it says.
-        pictures: the figures of each section.
-        folder: with a file for each figure.
-    """
-    drawn = pictures or [()] * len(document.sections)
-    sections = [(part, prefix(document, i), drawn[i]) for i, part in enumerate(document.sections)]
-    more = {"kind": "report", "headings": WORDS["headings"], "folder": folder, "left_out": document.left_out}
-    return render(template, name=document.title, sections=sections, **more)
-
-
-def prefix(document: Document, i: int) -> str:
-    """What the names of the files of a section begin with, where there are several."""
-    return f"{i + 1}_" if len(document.sections) > 1 else ""
 
 
 def columns(table: Table) -> str:

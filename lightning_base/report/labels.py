@@ -1,34 +1,34 @@
 """What arms and comparisons are called: by what tells them apart."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lightning_base.report.fairness import Arm, Comparison, execution, is_configured, router_side, shared_setting
+from lightning_base.report.fairness import EXECUTED, ROUTER, Arm, Comparison, setting, shared_setting, varying
+from lightning_base.report.read import flatten
 
 
 def labelled(comparison: Comparison) -> Comparison:
     """With one label per arm, no two alike: the sweep's own, with the router's name, and more where needed."""
-    labels = [shorten(arm) for arm in comparison.arms]
-    for describe in (execution, router_side):
-        labels = tell_apart(labels, [describe(arm.first) for arm in comparison.arms])
-    labels = [
-        f"{label} [{arm.first.path.parent.name}/{arm.first.name}]" if labels.count(label) > 1 else label
-        for label, arm in zip(labels, comparison.arms, strict=True)
-    ]
-    arms = (replace(arm, label=label) for label, arm in zip(labels, comparison.arms, strict=True))
-    return replace(comparison, arms=tuple(arms))
+    arms = comparison.arms
+    labels = [shorten(arm) for arm in arms]
+    for names in (EXECUTED, ROUTER):
+        labels = tell_apart(labels, [arm.first.chosen(names) for arm in arms])
+    folders = [f" [{arm.first.path.parent.name}/{arm.first.path.name}]" for arm in arms]
+    labels = [label + folder * (labels.count(label) > 1) for label, folder in zip(labels, folders, strict=True)]
+    labelled = (replace(arm, label=label) for arm, label in zip(arms, labels, strict=True))
+    return replace(comparison, arms=tuple(labelled))
 
 
 def shorten(arm: Arm) -> str:
     """The label that the sweep gave, without what its table shares: ``switch, capacity_factor=1.0``."""
-    parts = [part.strip() for part in arm.first.label.split(",")]
+    run = arm.first
     # What all arms of a table share is in its title.
-    shared = {"seed", *shared_setting(arm.first)}
-    own = [part for part in parts if part.partition("=")[0] not in shared]
+    shared = {"seed", *shared_setting(run)}
+    own = [part.strip() for part in run.label.split(",") if part.partition("=")[0].strip() not in shared]
     kept = [part.removeprefix("router.").removeprefix("router=").removeprefix("arm=") for part in own]
-    if arm.first.label == arm.first.name or not any(kept):
+    if run.label == run.path.name or not any(kept):
         # Not from a sweep: the folder is named after all overrides, which say little about the arm.
         return router_name(arm)
     return ", ".join(kept if any("=" not in part for part in kept) else [router_name(arm), *kept])
@@ -52,8 +52,7 @@ def tell_apart(labels: list[str], descriptions: list[dict[str, Any]]) -> list[st
     found = []
     for label, mine in zip(labels, descriptions, strict=True):
         same = [d for name, d in zip(labels, descriptions, strict=True) if name.lower() == label.lower()]
-        differing = sorted(key for key in mine if any(other.get(key) != mine[key] for other in same))
-        extra = ", ".join(f"{key.rpartition('.')[2]}={mine[key]}" for key in differing)
+        extra = ", ".join(f"{key.rpartition('.')[2]}={mine[key]}" for key in varying(same) if key in mine)
         found.append(f"{label} ({extra})" if extra else label)
     return found
 
@@ -61,11 +60,27 @@ def tell_apart(labels: list[str], descriptions: list[dict[str, Any]]) -> list[st
 def comparison_titles(comparisons: Sequence[Comparison]) -> list[str]:
     """What is particular to each comparison: the configured keys that vary, or else the other fields that do."""
     settings = [comparison.setting for comparison in comparisons]
-    keys = sorted({key for setting in settings for key in setting})
-    varying = [key for key in keys if len({repr(setting.get(key)) for setting in settings}) > 1]
-    chosen = [key for key in varying if is_configured(comparisons, key)] or varying
+    keys = varying(settings)
+    chosen = [key for key in keys if is_configured(comparisons, key)] or keys
     more = f" and {len(chosen) - 3} more" if len(chosen) > 3 else ""
     return [", ".join(f"{key} = {short(setting.get(key))}" for key in chosen[:3]) + more for setting in settings]
+
+
+def apart(comparison: Comparison, first: Comparison) -> Iterator[str]:
+    """The fields in which a comparison is not the first one, with both values; those that somebody configured first.
+
+    What depends on the seed is compared for the seeds that both have.
+    """
+    pair, shared = (comparison, first), set(comparison.seeds) & set(first.seeds)
+    here, there = ({**setting(one.arms, shared), "seed": list(one.seeds)} for one in pair)
+    for key in sorted(varying((here, there)), key=lambda key: not is_configured(pair, key)):
+        values = here.get(key), there.get(key)
+        mine, theirs = map(short if short(values[0]) != short(values[1]) else str, values)
+        yield f"{key}: {mine} here, {theirs} in the first table"
+
+
+def is_configured(comparisons: Sequence[Comparison], key: str) -> bool:
+    return any(key in flatten(comparison.arms[0].first.config) for comparison in comparisons)
 
 
 def short(value: Any) -> str:

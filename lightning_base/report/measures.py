@@ -6,12 +6,12 @@ Shapes: S validations.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from lightning_base.report.fairness import Arm
+from lightning_base.report.fairness import EXECUTED, Arm
 from lightning_base.report.read import Run
-from lightning_base.report.speed import speed
 from lightning_base.report.statistics import margin
 
 DASH = "–"
@@ -37,10 +37,10 @@ def by_seed(arm: Arm, read: Reader) -> dict[int, float]:
     return {run.seed: value for run in arm.runs if (value := read(run)) is not None}
 
 
-def mean(arm: Arm, read: Reader) -> float | None:
-    """The mean over seeds, or None if no run has the number."""
-    found = by_seed(arm, read)
-    return float(np.mean(list(found.values()))) if found else None
+def mean(arm: Arm, read: Reader) -> float:
+    """The mean over seeds, nan if no run has the number."""
+    found = list(by_seed(arm, read).values())
+    return float(np.mean(found)) if found else math.nan
 
 
 def cell(arm: Arm, read: Reader, form: Form) -> str:
@@ -55,32 +55,12 @@ def cell(arm: Arm, read: Reader, form: Form) -> str:
     return text if len(found) == len(arm.runs) else f"{text} (n={len(found)})"
 
 
-def field(part: str, name: str) -> Reader:
-    """A number of the manifest, in its ``result`` or ``ledger``, or at its top for an empty ``part``."""
-
-    def read(run: Run) -> float | None:
-        value = ((run.manifest.get(part) or {}) if part else run.manifest).get(name)
-        return None if value is None else float(value)
-
-    return read
+def number(name: str, after: int = 0) -> Reader:
+    """A field of the manifest, or the mean of a scalar, without the first steps for times: they hold the warm-up."""
+    return lambda run: run.number(name, after)
 
 
-def last(name: str) -> Reader:
-    return lambda run: run.last(name)
-
-
-def logged(name: str, after: int = 0) -> Reader:
-    """The mean over logged steps, ``after`` the first for times: it holds the warm-up."""
-    return lambda run: run.mean(name, after)
-
-
-def thousand(read: Reader) -> Reader:
-    """A number in thousandths of its unit."""
-    return lambda run: None if (value := read(run)) is None else 1000 * value
-
-
-final_loss = field("result", "final/loss")
-unigram_entropy = field("corpus", "unigram_entropy")
+final_loss, unigram_entropy = number("result.final/loss"), number("corpus.unigram_entropy")
 
 
 def under_unigram(run: Run) -> float | None:
@@ -94,20 +74,23 @@ def drop_rate(run: Run) -> float | None:
     return run.manifest["assignments_dropped"] / asked if asked else None
 
 
+def milliseconds(name: str) -> Reader:
+    return lambda run: None if (value := run.number(name, after=1)) is None else 1000 * value
+
+
 # Quality at equal cost: the validation curve of a run, read between its points.
 CURVE = "validation/loss"
 COSTS = ("steps", "FLOPs", "time")
 
 
-def flops_until(run: Run, steps: np.ndarray) -> np.ndarray:
-    """FLOPs spent until each step: steps * tokens per step * FLOPs per token."""
-    return steps * (run.manifest["tokens"] / run.manifest["steps"]) * float(run.ledger["flops_per_token"])
-
-
 def cost(run: Run, name: str) -> np.ndarray:
-    """[S] what each validation had cost until then, in optimizer steps, FLOPs or seconds of training."""
-    curve = run.series[CURVE]
-    return {"steps": curve.steps, "FLOPs": flops_until(run, curve.steps), "time": curve.seconds}[name]
+    """[S] what each validation had cost until then, in optimizer steps, FLOPs or seconds of training.
+
+    FLOPs are steps * tokens per step * FLOPs per token.
+    """
+    curve, tokens_per_step = run.series[CURVE], run.manifest["tokens"] / run.manifest["steps"]
+    flops_S = curve.steps * tokens_per_step * run.ledger["flops_per_token"]
+    return {"steps": curve.steps, "FLOPs": flops_S, "time": curve.seconds}[name]
 
 
 def validated(arms: Sequence[Arm]) -> list[Run]:
@@ -134,11 +117,66 @@ def seconds_to(loss: float) -> Reader:
         curve = run.series.get(CURVE)
         if curve is None or curve.values.min() > loss or curve.values[0] < loss:
             return None
-        i = int(np.flatnonzero(curve.values <= loss)[0])
+        i = int(np.argmax(curve.values <= loss))
         part = slice(max(i - 1, 0), i + 1)
         return float(np.interp(-loss, -curve.values[part], curve.seconds[part]))
 
     return read
+
+
+# How fast arms trained, and whether that compares.
+TOLERANCE, ENOUGH, QUARTILES = 0.1, 4, (0.25, 0.5, 0.75)
+
+
+def quartiles(runs: Sequence[Run]) -> list[float]:
+    """Of tokens per second over the log windows after the first, which holds the warm-up; [] if there is none."""
+    found = [pace for run in runs for pace in run.values("train/tokens_per_second")[1:]]
+    return np.quantile(found, QUARTILES).tolist() if found else []
+
+
+def speed(run: Run) -> float | None:
+    found = quartiles([run])
+    return found[1] if found else None
+
+
+class Noise(NamedTuple):
+    """A fixed piece of work was timed between steps: how many times ``slower`` it was than beside the quietest arm.
+
+    ``spread`` is quartile distance / median. ``scaled`` is what the speed might be on a quiet machine; None where it is
+    as it was, or a guess from a few timings.
+    """
+
+    slower: float = 1.0
+    spread: float = 0.0
+    disturbed: bool = False
+    scaled: float | None = None
+
+
+def machine_noise(arms: Sequence[Arm]) -> dict[Arm, Noise]:
+    """The noise beside each arm, none where nothing was timed; arms that ran in other ways are held apart."""
+    timed = {arm: [time for run in arm.runs for time in run.values("machine/reference_ms")] for arm in arms}
+    found = dict.fromkeys(arms, Noise())
+    for arm, mine in timed.items():
+        way = arm.first.chosen(EXECUTED)
+        alike = [times for other, times in timed.items() if times and other.first.chosen(EXECUTED) == way]
+        if mine:
+            (low, middle, high), quiet = (np.quantile(x, QUARTILES) for x in (mine, min(alike, key=np.median)))
+            slower, spread, least = middle / quiet[1], (high - low) / middle, (quiet[2] - quiet[0]) / quiet[1]
+            disturbed = bool(slower > 1 + TOLERANCE or spread > least + TOLERANCE)
+            pace = quartiles(arm.runs) if disturbed and len(mine) >= ENOUGH else []
+            found[arm] = Noise(slower, spread, disturbed, pace[1] * slower if pace else None)
+    return found
+
+
+def side_by_side(arms: Sequence[Arm]) -> list[Arm]:
+    """The arms of which a run was under way on the same machine while another of these runs was."""
+    runs = [run.status for arm in arms for run in arm.runs if {"host", "started", "updated"} <= set(run.status)]
+
+    def shares(one: dict[str, Any]) -> bool:
+        others = [other for other in runs if other is not one and other["host"] == one["host"]]
+        return any(max(one["started"], other["started"]) < min(one["updated"], other["updated"]) for other in others)
+
+    return [arm for arm in arms if any(shares(run.status) for run in arm.runs if run.status in runs)]
 
 
 def signed(value: float) -> str:
@@ -162,30 +200,30 @@ ONE, TWO, THREE, FOUR = (f"{{:.{digits}f}}".format for digits in (1, 2, 3, 4))
 WHOLE, PLAIN = "{:,.0f}".format, "{:g}".format
 QUALITY, COST, ROUTING, STEP = "Quality on held-out text", "Cost", "Routing in training", "training, one step"
 LOSS = Measure("validation loss", QUALITY, final_loss, FOUR)
-BITS = Measure("bits per byte", QUALITY, field("result", "final/bits_per_byte"), FOUR)
+BITS = Measure("bits per byte", QUALITY, number("result.final/bits_per_byte"), FOUR)
 FULL = (
     LOSS,
     Measure("under unigram", QUALITY, under_unigram, THREE),
-    Measure("perplexity", QUALITY, field("result", "final/perplexity"), ONE),
+    Measure("perplexity", QUALITY, number("result.final/perplexity"), ONE),
     BITS,
     Measure("tokens/s", "Speed", speed, WHOLE),
-    Measure("active parameters", COST, field("ledger", "active_parameters"), short_count),
-    Measure("total parameters", COST, field("ledger", "parameters"), short_count),
-    Measure("FLOPs/token", COST, field("ledger", "flops_per_token"), short_count),
-    Measure("experts", ROUTING, field("ledger", "num_experts"), PLAIN),
-    Measure("k", ROUTING, field("ledger", "top_k"), PLAIN),
-    Measure("capacity factor", ROUTING, field("ledger", "capacity_factor"), PLAIN),
-    Measure("tokens", ROUTING, field("", "tokens"), WHOLE),
-    Measure("dropped", ROUTING, field("", "assignments_dropped"), WHOLE),
+    Measure("active parameters", COST, number("ledger.active_parameters"), short_count),
+    Measure("total parameters", COST, number("ledger.parameters"), short_count),
+    Measure("FLOPs/token", COST, number("ledger.flops_per_token"), short_count),
+    Measure("experts", ROUTING, number("ledger.num_experts"), PLAIN),
+    Measure("k", ROUTING, number("ledger.top_k"), PLAIN),
+    Measure("capacity factor", ROUTING, number("ledger.capacity_factor"), PLAIN),
+    Measure("tokens", ROUTING, number("tokens"), WHOLE),
+    Measure("dropped", ROUTING, number("assignments_dropped"), WHOLE),
     Measure("drop rate", ROUTING, drop_rate, percent),
 )
 ROUTED = (
     Measure("drop rate", "training", drop_rate, percent),
-    Measure("max_vio", "training", logged("train_group/max_vio/load/mean"), THREE),
-    Measure("max_vio", "evaluation", last("final_pass/max_vio/load/mean"), THREE),
+    Measure("max_vio", "training", number("train_group/max_vio/load/mean"), THREE),
+    Measure("max_vio", "evaluation", number("final_pass/max_vio/load/mean"), THREE),
 )
 LEAK = tuple(
-    Measure(heading, f"routed as in {stage}", field("result", f"final_causality/leak_{stage}_{way}/max"), percent)
+    Measure(heading, f"routed as in {stage}", number(f"result.final_causality/leak_{stage}_{way}/max"), percent)
     for stage in ("training", "evaluation")
     for way, heading in (("expert", "chosen"), ("weight", "gates"), ("drop", "drops"), ("any", "any"))
 )
@@ -202,26 +240,26 @@ PHASES = {
 }
 NAMES = {phase: phase.replace("_", " ") for phase in PHASES} | {"experts": "expert networks"}
 TIME = tuple(
-    Measure(NAMES[phase], "share of a training step", logged(f"train_time/share_{phase}", 1), percent)
+    Measure(NAMES[phase], "share of a training step", number(f"train_time/share_{phase}", 1), percent)
     for phase in PHASES
 )
 COMPUTE = (
-    Measure("idle, over processes", STEP, logged("train_step/idle_fraction/mean", 1), percent),
-    Measure("idle, over experts", STEP, logged("train_step/idle_fraction_experts/mean", 1), percent),
-    Measure("batched padding", STEP, logged("train_micro_batch/batched_padding/mean", 1), percent),
-    Measure("empty slots", STEP, logged("train_step/capacity_padding/mean", 1), percent),
-    Measure("idle, over experts", "evaluation", last("final_pass/idle_fraction_experts/mean"), percent),
-    Measure("idle time, over processes", "measured", logged("train_time/idle_fraction", 1), percent),
+    Measure("idle, over processes", STEP, number("train_step/idle_fraction/mean", 1), percent),
+    Measure("idle, over experts", STEP, number("train_step/idle_fraction_experts/mean", 1), percent),
+    Measure("batched padding", STEP, number("train_micro_batch/batched_padding/mean", 1), percent),
+    Measure("empty slots", STEP, number("train_step/capacity_padding/mean", 1), percent),
+    Measure("idle, over experts", "evaluation", number("final_pass/idle_fraction_experts/mean"), percent),
+    Measure("idle time, over processes", "measured", number("train_time/idle_fraction", 1), percent),
 )
 SENT, EXCHANGE = "bytes of a sparse layer, a step and a process", "time of the exchange"
 COMMUNICATION = (
-    Measure("sent", SENT, logged("communication/bytes/mean", 1), short_count),
-    Measure("busiest process", SENT, logged("communication/busiest_rank/max", 1), THREE),
-    Measure("largest message", SENT, logged("communication/largest_message/max", 1), short_count),
-    Measure("uneven dispatch", SENT, logged("communication/uneven_dispatch/max", 1), THREE),
-    Measure("ms a layer", EXCHANGE, thousand(logged("communication/seconds/mean", 1)), TWO),
-    Measure("ms for the slowest", EXCHANGE, thousand(logged("communication/waiting/mean", 1)), TWO),
-    Measure("share of the step", EXCHANGE, logged("communication/share", 1), percent),
-    Measure("gradients", "computed", field("communication", "gradient_bytes_computed"), short_count),
+    Measure("sent", SENT, number("communication/bytes/mean", 1), short_count),
+    Measure("busiest process", SENT, number("communication/busiest_rank/max", 1), THREE),
+    Measure("largest message", SENT, number("communication/largest_message/max", 1), short_count),
+    Measure("uneven dispatch", SENT, number("communication/uneven_dispatch/max", 1), THREE),
+    Measure("ms a layer", EXCHANGE, milliseconds("communication/seconds/mean"), TWO),
+    Measure("ms for the slowest", EXCHANGE, milliseconds("communication/waiting/mean"), TWO),
+    Measure("share of the step", EXCHANGE, number("communication/share", 1), percent),
+    Measure("gradients", "computed", number("communication.gradient_bytes_computed"), short_count),
 )
 ALL: Sequence[Measure] = (*FULL, *ROUTED[1:], *LEAK, *TIME, *COMPUTE, *COMMUNICATION)

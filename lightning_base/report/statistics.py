@@ -1,4 +1,4 @@
-"""Differences between arms that share their seeds: intervals, and what may be said of them.
+"""Means over seeds: their intervals, and what may be said of several.
 
 Two runs with the same seed read the same batches in the same order and start from the same shared weights, so arms are
 compared seed by seed: what one seed gives to both cancels. N seeds, one difference each.
@@ -16,37 +16,30 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class Interval:
-    """The mean of N ``values`` with its t interval from ``low`` to ``high``; with one seed all but the mean is nan.
+    """The mean of N ``values``, and half the width of its t interval; of one value all but the mean is nan.
 
     ``spread`` is the sample standard deviation between seeds, ``p`` the two-sided probability of a mean this far from
     zero or farther, if the true one is zero (t test).
     """
 
+    values: tuple[float, ...]
     mean: float
-    low: float
-    high: float
+    margin: float
     spread: float
     p: float
-    values: tuple[float, ...]
 
     @property
-    def n(self) -> int:
-        return len(self.values)
+    def low(self) -> float:
+        return self.mean - self.margin
 
     @property
-    def margin(self) -> float:
-        """Half the width of the t interval."""
-        return (self.high - self.low) / 2
+    def high(self) -> float:
+        return self.mean + self.margin
 
     @property
     def known(self) -> bool:
         """Whether there are seeds enough for an interval."""
-        return self.n > 1
-
-    @property
-    def sign(self) -> int:
-        """1 or -1 if the t interval is above or below zero, 0 if it holds zero or there is none."""
-        return int(self.low > 0) - int(self.high < 0)
+        return len(self.values) > 1
 
     def bootstrap(self) -> tuple[float, float]:
         """The percentile interval of the means of N numbers drawn again with replacement; takes milliseconds."""
@@ -62,40 +55,27 @@ def interval(values: Sequence[float]) -> Interval:
     Raises:
         ValueError: there is no value, or one that is not finite.
     """
-    found = np.asarray(values, dtype=np.float64)
-    if not len(found) or not np.isfinite(found).all():
+    if not values or not np.isfinite(values).all():
         raise ValueError(f"an interval needs finite numbers, at least one: {list(values)}")
-    mean, kept = float(found.mean()), tuple(map(float, found))
-    if len(found) == 1:
-        return Interval(mean, math.nan, math.nan, math.nan, math.nan, kept)
-    spread = float(found.std(ddof=1))
-    if spread == 0.0:
-        return Interval(mean, mean, mean, 0.0, float(mean == 0.0), kept)
-    error, student = spread / math.sqrt(len(found)), stats.t(len(found) - 1)
-    half = float(student.ppf((1 + CONFIDENCE) / 2)) * error
-    return Interval(mean, mean - half, mean + half, spread, 2 * float(student.sf(abs(mean) / error)), kept)
+    n, mean = len(values), float(np.mean(values))
+    spread = float(np.std(values, ddof=1)) if n > 1 else math.nan
+    error = spread / math.sqrt(n)
+    p = 2 * stats.t.sf(abs(mean) / error, n - 1) if error else mean == 0
+    return Interval(tuple(values), mean, float(stats.t.isf((1 - CONFIDENCE) / 2, n - 1)) * error, spread, float(p))
 
 
 def margin(values: Sequence[float]) -> float:
     """Half the width of the t interval; nan for one number, and where one is not finite."""
-    return interval(values).margin if all(map(math.isfinite, values)) else math.nan
-
-
-def paired(one: Sequence[float], other: Sequence[float]) -> Interval:
-    """The mean of ``one - other``, seed by seed, with its intervals; both have a number for each seed, in one order."""
-    if len(one) != len(other):
-        raise ValueError(f"paired differences need the same seeds: {len(one)} and {len(other)} numbers")
-    return interval([a - b for a, b in zip(one, other, strict=True)])
+    return interval(values).margin if np.isfinite(values).all() else math.nan
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
     """p values corrected for how many there are, in the order given (Holm 1979, A simple sequentially rejective ...).
 
-    The smallest is multiplied by their number m, the next by m - 1, and so on; none is smaller than the one before.
+    The smallest is multiplied by their number m, the next by m - 1, and so on; none is smaller than the one before. A
+    nan stays and is not counted.
     """
-    order = sorted(range(len(p_values)), key=lambda i: p_values[i])
-    corrected, least = [0.0] * len(p_values), 0.0
-    for place, i in enumerate(order):
-        least = max(least, min(1.0, (len(p_values) - place) * p_values[i]))
-        corrected[i] = least
-    return corrected
+    found, order = np.array(p_values), np.argsort(p_values)
+    factors = np.isfinite(found).sum() - np.arange(len(found))
+    found[order] = np.maximum.accumulate(np.minimum(found[order] * factors, 1))
+    return list(map(float, found))

@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from lightning_base.report import answer, measures
-from lightning_base.report.fairness import Arm, Comparison, stage_of
-from lightning_base.report.measures import DASH, FOUR, THREE, TWO, Measure, cell, field, last, percent
-from lightning_base.report.speed import machine_noise, quartiles
+from lightning_base.report.fairness import Arm, Comparison, stage_of, unequal
+from lightning_base.report.measures import DASH, FOUR, THREE, TWO, Measure, cell, machine_noise, number, percent
 from lightning_base.report.statistics import interval
 from lightning_base.report.words import WORDS
 
@@ -26,6 +25,9 @@ class Column:
     words: bool = False
 
 
+ARM = Column("arm")
+
+
 @dataclass(frozen=True)
 class Table:
     """Rows of cells; the first cell of a row is its heading.
@@ -40,11 +42,6 @@ class Table:
     lead: str = ""
     figures: tuple[str, ...] = ()
     help: tuple[tuple[str, str], ...] = ()
-
-    @property
-    def strong(self) -> set[tuple[int, int]]:
-        """Row and column of what is beyond noise."""
-        return {(i, j) for i, row in enumerate(self.rows) for j, text in enumerate(row) if isinstance(text, Strong)}
 
     @property
     def headings(self) -> list[str]:
@@ -101,80 +98,83 @@ def difference(contrast: answer.Contrast | None, flag: str = "") -> str:
     return Strong(text) if contrast and contrast.decided else text
 
 
-def speed_cell(arm: Arm, flag: str) -> str:
-    """The median of all windows of all seeds, with quartiles where they are apart."""
-    low, middle, high = [f"{pace:,.0f}" for pace in quartiles(arm.runs)] or [DASH] * 3
-    return (middle if low == high else f"{middle} ({low} to {high})") + flag
-
-
 def short_table(comparison: Comparison) -> Table:
     """The few numbers to look at first: one row per arm."""
-    arms, seeds, noises = comparison.arms, len(comparison.seeds), machine_noise(comparison.arms)
-    found, against = answer.against_reference(comparison), f"against {arms[comparison.reference].label}"
-    gaps = [found.get(i) for i in range(len(arms))]
+    arms, seeds, noise = comparison.arms, len(comparison.seeds), machine_noise(comparison.arms)
+    reference = comparison.reference
+    gaps, against = answer.contrasts(reference, arms), f"against {reference.label}"
     losses = [[x for x in measures.by_seed(arm, measures.final_loss).values() if math.isfinite(x)] for arm in arms]
-    quiet = [noise.scaled(arm) for arm, noise in zip(arms, noises, strict=True)]
-    dear = answer.costs_more(comparison)
+    dear = [answer.OTHER_COST * unequal((arm, reference), "flops_per_token") for arm in arms]
     cells = {
-        Column("arm"): [marked(arm) + answer.OTHER_COST * more for arm, more in zip(arms, dear, strict=True)],
+        ARM: [marked(arm) + sign for arm, sign in zip(arms, dear, strict=True)],
         Column("seeds"): [f"{len(arm.runs)}" + f" of {seeds}" * (len(arm.runs) < seeds) for arm in arms],
-        Column("validation loss"): [measures.LOSS.cell(arm) for arm in arms],
-        Column("difference", against): [difference(gap) for gap in gaps],
-        Column("p", against): [f"{gap.p:.3f}" if gap and gap.interval.known else DASH for gap in gaps],
+        Column("validation loss"): list(map(measures.LOSS.cell, arms)),
+        Column("difference", against): [difference(gaps.get(arm)) for arm in arms],
+        Column("p", against): [
+            f"{gaps[arm].p:.3f}" if arm in gaps and gaps[arm].interval.known else DASH for arm in arms
+        ],
         Column("between seeds"): [f"{interval(some).spread:.4f}" if len(some) > 1 else DASH for some in losses],
-        Column("bits per byte"): [measures.BITS.cell(arm) for arm in arms],
-        Column("tokens/s"): [speed_cell(a, answer.NOT_QUIET * n.disturbed) for a, n in zip(arms, noises, strict=True)],
-        Column("scaled tokens/s"): ["" if pace is None else f"{pace:,.0f}" for pace in quiet],
-        **{Column(measure.heading, measure.group): [measure.cell(arm) for arm in arms] for measure in measures.ROUTED},
+        Column("bits per byte"): list(map(measures.BITS.cell, arms)),
+        Column("tokens/s"): [speed_cell(arm) + answer.NOT_QUIET * noise[arm].disturbed for arm in arms],
+        Column("scaled tokens/s"): [f"{pace:,.0f}" if (pace := noise[arm].scaled) else "" for arm in arms],
+        **{Column(measure.heading, measure.group): list(map(measure.cell, arms)) for measure in measures.ROUTED},
     }
     hidden = ["difference"] * (len(arms) == 1) + ["seeds", "p", "between seeds"] * (seeds == 1)
     return by_column("The arms", {c: v for c, v in cells.items() if c.heading not in hidden}, figures=("difference",))
 
 
+def speed_cell(arm: Arm) -> str:
+    """The median of all windows of all seeds, with quartiles where they are apart."""
+    low, middle, high = [f"{pace:,.0f}" for pace in measures.quartiles(arm.runs)] or [DASH] * 3
+    return middle if low == high else f"{middle} ({low} to {high})"
+
+
 def contrast_table(comparison: Comparison) -> Table:
     """Every paired difference with both of its intervals; nothing for one seed."""
-    rows, arms = [], comparison.arms
+    rows = []
     for contrast in answer.all_contrasts(comparison):
         gap = contrast.interval
         if gap.known:
             intervals = [" to ".join(map(measures.signed, ends)) for ends in ((gap.low, gap.high), gap.bootstrap())]
-            row = [marked(arms[contrast.arm]), arms[contrast.other].label, difference(contrast), *intervals]
-            rows.append([*row, f"{contrast.p:.4f}", f"{sum(value < 0 for value in gap.values)} of {gap.n}"])
-    columns = [Column("arm"), Column("held against", words=True)]
+            better = f"{sum(value < 0 for value in gap.values)} of {len(gap.values)}"
+            row = [marked(contrast.arm), contrast.other.label, difference(contrast), *intervals]
+            rows.append([*row, f"{contrast.p:.4f}", better])
+    columns = [ARM, Column("held against", words=True)]
     columns += [Column(name) for name in ("difference", "t interval", "bootstrap", "p", "better in")]
     return Table("Paired differences: t and bootstrap intervals", columns, rows, WORDS["leads"]["contrasts"])
 
 
 def equal_cost_table(comparison: Comparison) -> Table:
     """The validation loss after equal steps, FLOPs and time, and the time to a loss that all reach."""
-    title, arms = "Quality at equal steps, FLOPs and time; learning curves", comparison.arms
+    title, arms, reference = (
+        "Quality at equal steps, FLOPs and time; learning curves",
+        comparison.arms,
+        comparison.reference,
+    )
     runs, ranked = measures.validated(arms), measures.validated([a for a in arms if a.causal] or arms)
     if not ranked:
         return Table(title, [], [])
     # What the run that spent least had spent at its last validation; the lowest loss that every run has reached.
     budgets = {name: min(float(measures.cost(run, name)[-1]) for run in runs) for name in measures.COSTS}
-    target = max(float(run.series[measures.CURVE].values[-1]) for run in ranked)
-    against = f"difference to {arms[comparison.reference].label}"
-    flags = [answer.NOT_QUIET * noise.disturbed for noise in machine_noise(arms)]
+    target = max(run.values(measures.CURVE)[-1] for run in ranked)
+    signs = {arm: answer.NOT_QUIET * noise.disturbed for arm, noise in machine_noise(arms).items()}
     losses, gaps = {}, {}
     for name, spent in budgets.items():
-        read, marks = measures.loss_at(name, spent), flags if name == "time" else [""] * len(arms)
-        found = answer.against_reference(comparison, read)
-        losses[Column(name, "validation loss at equal")] = [
-            cell(arm, read, FOUR) + mark for arm, mark in zip(arms, marks, strict=True)
-        ]
-        gaps[Column(name, against)] = [difference(found.get(i), mark) for i, mark in enumerate(marks)]
-    seconds = [cell(a, measures.seconds_to(target), TWO) + flag for a, flag in zip(arms, flags, strict=True)]
-    cells = {Column("arm"): [marked(arm) for arm in arms], **losses, **(gaps if len(arms) > 1 else {})}
-    sampled = arms[0].first.config.get("data", {}).get("validation_sequences")
-    lead = (
-        "Read from the validation curve, linearly between two validations"
-        f"{', over a sample of the text, so that it ends beside the final loss' * bool(sampled)}. What the run that "
-        f"spent least had spent at its last validation: {budgets['steps']:,.0f} steps, "
-        f"{measures.short_count(budgets['FLOPs'])}FLOPs, {budgets['time']:.1f} s of training. The loss that all runs "
-        f"reach: {target:.4f}."
-    )
-    return by_column(title, {**cells, Column("seconds to loss"): seconds}, lead, ("loss_",))
+        read, sign = measures.loss_at(name, spent), signs if name == "time" else dict.fromkeys(arms, "")
+        found = answer.contrasts(reference, arms, read)
+        losses[Column(name, "validation loss at equal")] = [cell(arm, read, FOUR) + sign[arm] for arm in arms]
+        gaps[Column(name, f"difference to {reference.label}")] = [difference(found.get(a), sign[a]) for a in arms]
+    seconds = [cell(arm, measures.seconds_to(target), TWO) + signs[arm] for arm in arms]
+    cells = {
+        ARM: list(map(marked, arms)),
+        **losses,
+        **(gaps if len(arms) > 1 else {}),
+        Column("seconds to loss"): seconds,
+    }
+    part = arms[0].first.fields.get("data.validation_sequences")
+    sampled = ", over a sample of the text, so that it ends beside the final loss" if part else ""
+    said = {**budgets, "FLOPs": measures.short_count(budgets["FLOPs"]), "sampled": sampled, "target": target}
+    return by_column(title, cells, WORDS["leads"]["equal_cost"].format(**said), ("loss_",))
 
 
 def measure_table(
@@ -182,11 +182,9 @@ def measure_table(
 ) -> Table:
     """A row per arm and a column per measure; measures that no arm has are left out, and arms that have none."""
     having = [arm for arm in arms if any(measure.cell(arm) != DASH for measure in shown)]
-    cells = {Column("arm"): [marked(arm) for arm in having]}
-    for measure in shown:
-        found = [measure.cell(arm) for arm in having]
-        cells[Column(measure.heading, measure.group)] = found if set(found) != {DASH} else []
-    return by_column(title, cells, lead, figures)
+    cells = {Column(measure.heading, measure.group): list(map(measure.cell, having)) for measure in shown}
+    measured = {column: found for column, found in cells.items() if set(found) != {DASH}}
+    return by_column(title, {ARM: list(map(marked, having)), **measured}, lead, figures)
 
 
 TRAINING = {"train_group": "training, one routing group", "train_step": "training, one step"}
@@ -195,44 +193,33 @@ SIDES = {"demand": "Demand: what the router asked for", "load": "Load: what was 
 
 def balance_table(comparison: Comparison) -> Table:
     """How evenly experts were asked and used: a row per arm and place of measurement."""
-    columns = [Column("arm"), Column("measured over", words=True)]
+    columns = [ARM, Column("measured over", words=True)]
     columns += [Column(name, heading) for heading in SIDES.values() for name in ("max_vio", "load_cv")]
     rows = []
     for arm in comparison.arms:
-        modes = {f"{stage_of(arm, mode)}_pass": mode for mode in arm.modes}
-        for prefix in (*TRAINING, *modes):
-            mode, read = modes.get(prefix), last if prefix in modes else measures.logged
-            where = f"evaluation, {mode}" if len(modes) > 1 else "evaluation"
+        several = len(arm.modes) > 1
+        ways = {stage_of(arm, mode): f", {mode}" * several + ahead(arm, mode) for mode in arm.modes}
+        for prefix, place in (TRAINING | {f"{stage}_pass": f"evaluation{way}" for stage, way in ways.items()}).items():
             names = [f"{prefix}/{what}/{side}/mean" for side in SIDES for what in ("max_vio", "load_cv")]
-            row = [marked(arm, "any"), where + ahead(arm, mode) if mode else TRAINING[prefix]]
-            row += [cell(arm, read(name), THREE) for name in names]
-            row += [cell(arm, read(f"{prefix}/drop_rate/mean"), percent), loss_when(arm, mode) if mode else DASH]
-            rows.append(row)
+            row = [marked(arm, "any"), place, *(cell(arm, number(name), THREE) for name in names)]
+            row.append(cell(arm, number(f"{prefix}/drop_rate/mean"), percent))
+            rows.append([*row, cell(arm, number(f"result.{prefix.removesuffix('_pass')}/loss"), FOUR)])
     columns += [Column("drop rate"), Column("loss")]
     lead, title = answer.balance_sentence(comparison), "Balance: demand and load of each expert"
     return Table(title, columns, rows, lead, ("load_", "drops_"))
 
 
-def loss_when(arm: Arm, mode: str) -> str:
-    return cell(arm, field("result", f"{stage_of(arm, mode)}/loss"), FOUR)
-
-
 def gap_table(arms: Sequence[Arm]) -> Table:
     """A row per arm and way of routing in evaluation, for arms that have several."""
-    columns = [Column("arm"), Column("evaluation", words=True)]
+    columns = [ARM, Column("evaluation", words=True)]
     columns += [Column(name) for name in ("tokens that differ", "loss", "max_vio")]
-    rows = [
-        [
-            marked(arm, mode),
-            mode + ahead(arm, mode),
-            cell(arm, last(f"{stage_of(arm, mode)}_pass/routing_gap/mean"), percent),
-            loss_when(arm, mode),
-            cell(arm, last(f"{stage_of(arm, mode)}_pass/max_vio/load/mean"), THREE),
-        ]
-        for arm in arms
-        for mode in arm.modes
-        if len(arm.modes) > 1
-    ]
+    rows = []
+    for arm, mode in [(each, mode) for each in arms for mode in each.modes if len(each.modes) > 1]:
+        stage = stage_of(arm, mode)
+        differ = cell(arm, number(f"{stage}_pass/routing_gap/mean"), percent)
+        vio = cell(arm, number(f"{stage}_pass/max_vio/load/mean"), THREE)
+        loss = cell(arm, number(f"result.{stage}/loss"), FOUR)
+        rows.append([marked(arm, mode), mode + ahead(arm, mode), differ, loss, vio])
     return Table("What does balanced routing change?", columns, rows, WORDS["leads"]["gap"])
 
 
@@ -245,13 +232,13 @@ def alarm_table(arms: Sequence[Arm]) -> Table:
         for alarm in run.status.get("alarms") or []
         if isinstance(alarm, dict)
     ]
-    columns = [Column("arm"), Column("seed"), Column("alarm", words=True), Column("layer", words=True)]
+    columns = [ARM, Column("seed"), Column("alarm", words=True), Column("layer", words=True)]
     return Table("What raised an alarm?", [*columns, Column("step"), Column("what happened", words=True)], rows)
 
 
 def numbers_table(arms: Sequence[Arm]) -> Table:
     """Every number of every run unrounded, a row each: for who wants to compute with them."""
-    columns = [Column(name) for name in ("arm", "seed", "group", "measure", "value")]
+    columns = [ARM, *(Column(name) for name in ("seed", "group", "measure", "value"))]
     found = [(arm, run, measure, measure.read(run)) for arm in arms for run in arm.runs for measure in measures.ALL]
     rows = [[arm.label, str(run.seed), m.group, m.heading, repr(v)] for arm, run, m, v in found if v is not None]
     return Table("Numbers", columns, rows)

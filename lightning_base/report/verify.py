@@ -1,23 +1,33 @@
-"""Holds a manifest against the other files of its run, which say the same things in other words.
+"""Which runs may be reported: those that are finished, and whose files say the same things in other words.
 
 A manifest is sealed by its SHA-256 in status.json, and whoever reseals it has not yet changed the configuration, the
 metrics and the counts that were written while the run went on: a run whose files contradict each other is not reported.
 """
 
+import json
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lightning_base.program.run_directory import RunDirectory
-from lightning_base.report.read import Experiment, LeftOut, Run, flatten, read_experiment
+from lightning_base.program.run_directory import RunDirectory, read_json
+from lightning_base.report.read import LeftOut, ReportError, Run, flatten, printable, read_job
 
-FINGERPRINTS = {"corpus_fingerprint": 64, "batch_fingerprint": 32, "initial_weights_fingerprint": 64}
-COUNTS = ("seed", "steps", "sequences", "tokens", "assignments", "assignments_dropped", "world_size")
-LEDGER = ("num_experts", "top_k", "parameters", "active_parameters", "flops_per_token")
 PARTS = {"config": dict, "packages": dict, "result": dict, "ledger": dict, "device": str}
+AMOUNTS = ("num_experts", "top_k", "parameters", "active_parameters", "flops_per_token")
+# What fields of the manifest are: how that looks in JSON, and which they are.
+FORM: dict[str, tuple[str, tuple[str, ...]]] = {
+    "a count": (r"\d+", ("seed", "steps", "sequences", "tokens", "assignments", "assignments_dropped", "world_size")),
+    "a number above 0": (r"(?!0(\.0)?$)\d[\d.e+-]*", tuple(f"ledger.{name}" for name in AMOUNTS)),
+    "a number": (r"-?(\d[\d.e+-]*|Infinity)|NaN", ("result.final/loss",)),
+    "ways, each causal or not": (r'\{("[^"]*": (true|false)(, )?)+\}', ("ledger.evaluation_modes",)),
+    "true or false": ("true|false", ("ledger.causal_in_training",)),
+    "a name": ('".*"', ("ledger.router",)),
+    "64 hexadecimal digits": ('"[0-9a-f]{64}"', ("corpus_fingerprint", "initial_weights_fingerprint")),
+    "32 hexadecimal digits": ('"[0-9a-f]{32}"', ("batch_fingerprint",)),
+}
+BROKEN = "manifest.json is not what it was when the run ended: its SHA-256 is not manifest_sha256 in status.json"
 # Values pass through float32 on their way to the files; what a hand changes is larger.
 TOLERANCE = 1e-5
 # A field, what it is, what it should be, and who says that; only those where the two differ speak against a run.
@@ -25,38 +35,68 @@ Findings = Iterator[tuple[str, Any, Any, str]]
 IN_CONFIG, IN_METRICS = "in manifest.json and {!r} in .hydra/config.yaml", "in manifest.json and {!r} in metrics.csv"
 
 
-def sound_runs(*directories: Path) -> Experiment:
-    """Reads experiments; runs whose files contradict each other are among those left out.
+def sound_runs(*directories: Path) -> tuple[list[Run], list[LeftOut]]:
+    """The finished runs of experiments, or of directories of single jobs, in the order of their sweeps; and the rest.
+
+    Runs whose files contradict each other are among the rest, and a directory without a job.
 
     Raises:
         ReportError: a directory is not there.
     """
-    experiment = read_experiment(*directories)
     sound: list[Run] = []
-    for run in experiment.runs:
-        try:
-            found = problems(run)
-        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-            found = [f"its files are not of the form a run writes ({type(error).__name__}: {error})"]
-        if found:
-            experiment.left_out.append(LeftOut(run.name, run.label, "refused", "; ".join(found)))
-        else:
-            sound.append(run)
-    return replace(experiment, runs=sound)
+    left_out: list[LeftOut] = []
+    for directory in dict.fromkeys(directories):
+        if not directory.is_dir():
+            raise ReportError(f"{directory} is not a directory: give one that runs have been written to")
+        jobs = list_jobs(directory, left_out)
+        for path, label in jobs.items():
+            job = read_job(path, label)
+            if isinstance(job, Run) and (wrong := problems(job)):
+                job = LeftOut(path.name, label, "refused", "; ".join(wrong))
+            sound.append(job) if isinstance(job, Run) else left_out.append(job)
+        if not jobs:
+            deeper = sorted({path.parent.parent.name for path in directory.glob("*/*/status.json")})
+            hint = f"its folders {', '.join(deeper[:8])} do" if deeper else "runs are folders with a status.json"
+            left_out.append(LeftOut(directory.name, str(directory), "empty", f"it holds no run; {hint}"))
+    return sound, left_out
+
+
+def list_jobs(directory: Path, left_out: list[LeftOut]) -> dict[Path, str]:
+    """The jobs of an experiment with their labels: those of its sweep in order, then any others by name."""
+    if (directory / "status.json").exists():
+        return {directory: directory.resolve().name}
+    labels: dict[str, str] = {}
+    try:
+        # A name in sweep.json is a folder right here, whatever a hand may have written into the file.
+        sweep = read_json(directory / "sweep.json")
+        jobs = {**sweep.get("earlier", {}), **sweep.get("jobs", {})}
+        labels = {Path(str(name)).name: printable(str(label)) for name, label in jobs.items()}
+    except (ValueError, TypeError, OSError) as error:
+        left_out.append(LeftOut("sweep.json", "sweep.json", "unreadable", f"runs have the names of folders: {error}"))
+    for path in sorted(directory.glob("[!.]*/")):
+        # A job that was killed before it could say anything has its configuration.
+        if any((path / name).exists() for name in ("status.json", "manifest.json", ".hydra/config.yaml")):
+            labels.setdefault(path.name, path.name)
+    return {directory / name: label for name, label in labels.items()}
 
 
 def problems(run: Run) -> list[str]:
-    """What speaks against the manifest of a run, one sentence per field; empty if nothing does."""
-    if malformed := list(check_form(run.manifest)):
-        return malformed
-    sealed = run.status.get("manifest_sha256") == RunDirectory(run.path).seal()
-    broken = "manifest.json is not what it was when the run ended: its SHA-256 is not manifest_sha256 in status.json"
-    return [broken] * (not sealed) + [
-        f"{name} is {here!r} {said.format(there)}"
-        for check in (check_config, check_ledger, check_totals, check_result, check_counts, check_balance)
-        for name, here, there, said in check(run)
-        if not (here is there or here == there)
-    ]
+    """What speaks against the files of a run, one sentence per field; empty if nothing does."""
+    try:
+        if malformed := list(check_form(run.manifest)):
+            return malformed
+        sealed = run.status.get("manifest_sha256") == RunDirectory(run.path).seal()
+        broken = (
+            "manifest.json is not what it was when the run ended: its SHA-256 is not manifest_sha256 in status.json"
+        )
+        return [broken] * (not sealed) + [
+            f"{name} is {here!r} {said.format(there)}"
+            for check in (check_config, check_ledger, check_totals, check_result, check_counts, check_balance)
+            for name, here, there, said in check(run)
+            if not (here is there or here == there)
+        ]
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        return [f"its files are not of the form a run writes ({type(error).__name__}: {error})"]
 
 
 def check_form(manifest: dict[str, Any]) -> Iterator[str]:
@@ -64,32 +104,19 @@ def check_form(manifest: dict[str, Any]) -> Iterator[str]:
     if missing := [name for name, kind in PARTS.items() if not isinstance(manifest.get(name), kind)]:
         yield f"{', '.join(missing)} in manifest.json: missing, or of another form"
         return
-    ledger, result = manifest["ledger"], {"final/loss": None, **manifest["result"]}
-    modes, causal = ledger.get("evaluation_modes"), ledger.get("causal_in_training")
-    ways = isinstance(modes, dict) and bool(modes) and all(isinstance(way, bool) for way in modes.values())
-    fields: list[tuple[str, Any, bool, str]] = [
-        *(
-            (name, x := manifest.get(name), is_number(x) and isinstance(x, int) and x >= 0, "a count")
-            for name in COUNTS
-        ),
-        *((f"ledger.{n}", x := ledger.get(n), is_number(x) and 0 < x < math.inf, "a number above 0") for n in LEDGER),
-        *((f"result.{name}", value, is_number(value), "a number") for name, value in result.items()),
-        ("ledger.evaluation_modes", modes, ways, "the ways of evaluating, each causal or not"),
-        ("ledger.causal_in_training", causal, isinstance(causal, bool), "true or false"),
-        ("ledger.router", ledger.get("router"), isinstance(ledger.get("router"), str), "a name"),
-    ]
-    for name, length in FINGERPRINTS.items():
-        digest = bool(re.fullmatch(f"[0-9a-f]{{{length}}}", str(manifest.get(name))))
-        fields.append((name, manifest.get(name), digest, f"{length} hexadecimal digits"))
-    for name, value, good, wanted in fields:
-        if not good:
-            yield f"{name} in manifest.json is not {wanted}: {value!r}"
+    parts = {f"{part}.{name}": x for part in ("ledger", "result") for name, x in manifest[part].items()}
+    results = [name for name in parts if name.startswith("result.")]
+    for looks, (pattern, names) in FORM.items():
+        for name in dict.fromkeys((*names, *results) if looks == "a number" else names):
+            value = {**manifest, **parts}.get(name)
+            if not re.fullmatch(pattern, json.dumps(value)):
+                yield f"{name} in manifest.json is not {looks}: {value!r}"
 
 
 def check_config(run: Run) -> Findings:
     """The configuration of the manifest is the one that every rank read."""
-    written, read = flatten({"config": run.manifest["config"]}), flatten({"config": run.config})
-    written["seed"], read["seed"] = run.manifest["seed"], run.config.get("seed")
+    written = flatten({name: run.manifest[name] for name in ("config", "seed")})
+    read = flatten({"config": run.config, "seed": run.config.get("seed")})
     for key in sorted({*written, *read}):
         yield key, written.get(key, "not there"), read.get(key, "not there"), IN_CONFIG
 
@@ -110,7 +137,7 @@ def check_ledger(run: Run) -> Findings:
 
 def check_totals(run: Run) -> Findings:
     """Steps, sequences and tokens follow from the configuration and from the last line of metrics.csv."""
-    flat, manifest, series = flatten(run.config), run.manifest, run.series.values()
+    flat, manifest, series = run.fields, run.manifest, run.series.values()
     steps, sequences, tokens = (manifest[name] for name in ("steps", "sequences", "tokens"))
     yield "steps", steps, max((int(found.steps[-1]) for found in series), default=0), IN_METRICS
     yield "steps", steps, flat.get("trainer.max_steps"), "in manifest.json and trainer.max_steps is {}"
@@ -164,10 +191,6 @@ def check_balance(run: Run) -> Findings:
                 logged, counted = run.last(name), int(numbers.max()) * len(numbers) / max(total, 1)
                 if logged is not None and total:
                     yield f"1 + {name}", *near(logged + 1, counted), "in metrics.csv and {} in expert_load.csv"
-
-
-def is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def near(value: float | None, expected: float | None, tolerance: float = TOLERANCE) -> tuple[Any, Any]:

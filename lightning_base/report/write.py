@@ -1,16 +1,20 @@
 """Writes the report of one or several directories."""
 
-import difflib
+import argparse
 import re
 import shutil
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from lightning_base.report import formats
+from lightning_base.instantiation import did_you_mean
 from lightning_base.report.document import build
+from lightning_base.report.formats import render, table_csv
 from lightning_base.report.read import ReportError
 from lightning_base.report.tables import numbers_table
+from lightning_base.report.words import WORDS
 
 FIGURES = "report_files"
 BAD_INPUT = 2
@@ -33,18 +37,18 @@ def write_report(*directories: str | Path, quiet: bool = False) -> Path:
 
     paths = [Path(directory) for directory in directories]
     document = build(*paths)
-    drawn = [pictures(section.comparison) for section in document.sections]
-    files: dict[str, str | bytes] = {
-        name: formats.page(name, document, drawn, FIGURES) for name in ("report.html", "report.md")
-    }
-    for i, section in enumerate(document.sections):
-        place = f"{FIGURES}/{formats.prefix(document, i)}"
-        files |= {f"{place}{picture.name}.png": picture.png for picture in drawn[i]}
-        files[f"{place}numbers.csv"] = formats.table_csv(numbers_table(section.comparison.arms))
+    sections = [replace(section, pictures=pictures(section.comparison)) for section in document.sections]
+    what: dict[str, Any] = {"kind": "report", "name": document.title, "sections": sections}
+    what |= {"left_out": document.left_out, "headings": WORDS["headings"], "folder": FIGURES}
+    files: dict[str, str | bytes] = {name: render(name, **what) for name in ("report.html", "report.md")}
+    for section in sections:
+        place = f"{FIGURES}/{section.prefix}"
+        files |= {f"{place}{picture.name}.png": picture.png for picture in section.pictures}
+        files[f"{place}numbers.csv"] = table_csv(numbers_table(section.comparison.arms))
         for table in section.tables:
             name = re.sub(r"\W+", "_", table.title.lower()).strip("_")
-            files[f"{place}{name}.csv"] = formats.table_csv(table)
-            files[f"{place}{name}.tex"] = formats.render("table.tex", table=table)
+            files[f"{place}{name}.csv"] = table_csv(table)
+            files[f"{place}{name}.tex"] = render("table.tex", table=table)
     target = paths[0]
     if len(paths) > 1:
         target = paths[0].resolve().parent / "+".join(path.resolve().name for path in paths)
@@ -56,21 +60,17 @@ def write_report(*directories: str | Path, quiet: bool = False) -> Path:
     except OSError as error:
         raise ReportError(f"the report cannot be written to {target}: {error}") from error
     if not quiet:
-        said = formats.page("report.txt", document).strip()
+        said = render("report.txt", **what).strip()
         print(f"{said}\n\nreport: {target / 'report.html'}\n        {target / 'report.md'}")
     return target / "report.html"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The program behind ``experiments/report.py``; gives the exit code."""
-    names = list(sys.argv[1:] if arguments is None else arguments)
-    if not names or any(name.startswith("-") for name in names):
-        asked = bool(set(names) & {"-h", "--help"})
-        usage = "usage: python experiments/report.py NAME_OR_DIRECTORY [...]  (a name is looked for in runs/)"
-        print(usage, file=sys.stdout if asked else sys.stderr)
-        return 0 if asked else BAD_INPUT
+    parser = argparse.ArgumentParser(prog="report.py", description="Writes the tables and figures of what has run.")
+    parser.add_argument("names", nargs="+", metavar="NAME_OR_DIRECTORY", help="a name is looked for in runs/")
     try:
-        write_report(*(find(name) for name in names))
+        write_report(*map(find, parser.parse_args(arguments).names))
     except ReportError as error:
         print(f"error: {error}", file=sys.stderr)
         return BAD_INPUT
@@ -86,7 +86,6 @@ def find(name: str, runs: Path = Path("runs")) -> Path:
     for path in (runs / name, Path(name)) if "/" not in name else (Path(name),):
         if path.is_dir():
             return path
-    present = sorted(path.name for path in runs.iterdir() if path.is_dir()) if runs.is_dir() else []
-    near = difflib.get_close_matches(Path(name).name, present, cutoff=0.5)
-    there = f"did you mean {' or '.join(near)}?" if near else f"{runs}/ holds {', '.join(present[:8]) or 'nothing'}"
-    raise ReportError(f"{name} is neither a directory nor a name under {runs}/: {there}")
+    present = [path.name for path in runs.iterdir() if path.is_dir()] if runs.is_dir() else []
+    hint = did_you_mean(Path(name).name, present) if present else ", which holds nothing"
+    raise ReportError(f"{name} is neither a directory nor a name under {runs}/{hint}")

@@ -11,7 +11,8 @@ from lightning_base.analysis.command import main as analysis
 from lightning_base.export import load
 from lightning_base.export import main as export
 from lightning_base.report.fairness import compare
-from lightning_base.report.read import read_counts, read_experiment
+from lightning_base.report.read import read_counts
+from lightning_base.report.verify import sound_runs
 
 LAYER = "model.layers.1.mlp"
 
@@ -38,7 +39,7 @@ def job(sweep: Path, router: str) -> Path:
 
 
 def test_arms_of_a_loaded_model_stand_in_one_table(sweep: Path) -> None:
-    (comparison,) = compare(read_experiment(sweep).runs)
+    (comparison,) = compare(sound_runs(sweep)[0])
     assert {arm.router for arm in comparison.arms} == {"TopK", "Dense"}
     manifests = [program.read(job(sweep, router) / "manifest.json") for router in ("top_k", "dense")]
     assert len({manifest["initial_weights_fingerprint"] for manifest in manifests}) == 1

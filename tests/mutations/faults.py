@@ -371,15 +371,15 @@ FAULTS = [
     Fault(
         "the report ranks arms that look ahead",
         "report/answer.py",
-        "if i != other and both and comparison.arms[i].causal and",
-        "if i != other and both and",
+        "by_seed(arm, read) if arm.causal else {}",
+        "by_seed(arm, read)",
         "report/test_answer.py",
     ),
     Fault(
         "the report forgets how many arms it compares",
         "report/answer.py",
-        "corrected = iter(holm(known))",
-        "corrected = iter(known)",
+        "iter(holm([contrast.interval.p for contrast in found if contrast.interval.known]))",
+        "iter([contrast.interval.p for contrast in found if contrast.interval.known])",
         "report/test_answer.py",
     ),
     Fault(

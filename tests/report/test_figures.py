@@ -2,14 +2,13 @@
 
 from pathlib import Path
 
-import numpy as np
 from hand_made_runs import write_run, write_seeds
 
 from lightning_base.report.document import build
 from lightning_base.report.drawing import ROUTERS, router_color, styles
 from lightning_base.report.fairness import Arm
 from lightning_base.report.figures import pareto_front, pictures, relative
-from lightning_base.report.measures import flops_until
+from lightning_base.report.measures import cost
 from lightning_base.report.read import Run, read_job
 
 
@@ -21,8 +20,8 @@ def read(path: Path) -> Run:
 
 def test_a_router_keeps_its_colour_whatever_stands_beside_it(tmp_path: Path) -> None:
     base, switch = (Arm((read(write_run(tmp_path / name, name)),)) for name in ("BASE", "Switch"))
-    assert styles([base, switch])[1] == styles([switch])[0]
-    assert styles([switch])[0].color.lower() == ROUTERS["Switch"][0].lower()
+    assert styles([base, switch])[switch] == styles([switch])[switch]
+    assert styles([switch])[switch]["color"].lower() == ROUTERS["Switch"][0].lower()
     assert router_color("ExpertChoice") == router_color("ExpertChoice")
 
 
@@ -31,21 +30,21 @@ def test_arms_of_one_router_differ_in_shade_and_line(tmp_path: Path) -> None:
         Arm((read(write_run(tmp_path / str(f), "Switch", changes={"router.capacity_factor": f})),))
         for f in (1.0, 2.0, 3.0)
     ]
-    looks = styles(arms)
-    assert len({look.color for look in looks}) == len({look.line for look in looks}) == 3
-    assert len({look.marker for look in looks}) == 1
+    looks = styles(arms).values()
+    assert len({look["color"] for look in looks}) == len({look["ls"] for look in looks}) == 3
+    assert len({look["marker"] for look in looks}) == 1
 
 
 def test_flops_are_steps_times_tokens_per_step_times_flops_per_token(tmp_path: Path) -> None:
     run = read(write_run(tmp_path / "run"))
     # 16 tokens a step at 6000 FLOPs.
-    assert flops_until(run, np.array([1, 4])).tolist() == [96_000.0, 384_000.0]
+    assert cost(run, "FLOPs").tolist() == [96_000.0, 192_000.0, 288_000.0, 384_000.0]
 
 
 def test_load_is_relative_to_an_even_share(tmp_path: Path) -> None:
     run = read(write_run(tmp_path / "run"))
     # [20, 10, 6, 4] of 40 tokens over 4 experts.
-    assert relative(run, "final_pass", "layer_1").tolist() == [[2.0, 1.0, 0.6, 0.4]] * 2
+    assert relative(run.counts["final_pass"]["layer_1"]).tolist() == [[2.0, 1.0, 0.6, 0.4]] * 2
 
 
 def test_arms_without_curves_or_counts_leave_the_other_figures_whole(tmp_path: Path) -> None:

@@ -196,7 +196,9 @@ def test_a_damaged_file_refuses_its_run_and_no_other(experiment: Path, file: str
 
 @pytest.mark.parametrize(("arguments", "code"), [([], 2), (["--unknown"], 2), (["--help"], 0)])
 def test_the_program_says_how_it_is_used(arguments: list[str], code: int, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(arguments) == code
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == code
     assert "usage" in "".join(capsys.readouterr())
 
 
