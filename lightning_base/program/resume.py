@@ -44,7 +44,7 @@ class Start:
     passed_over: tuple[PassedOver, ...] = ()
 
 
-def find_start(run: RunDirectory, resume: str, shapes: Mapping[str, torch.Size], timeout_seconds: float) -> Start:
+def find_start(run: RunDirectory, resume: str, shapes: Mapping[str, torch.Size], timeout_seconds: int) -> Start:
     """The newest checkpoint that fits, or the given one where the run has none of its own; the same on every rank.
 
     Every rank has to call it, and a checkpoint that one of them cannot use is passed over by all.
