@@ -199,10 +199,16 @@ def footnotes(comparison: Comparison) -> list[str]:
         "training": not all(arm.causal_in(None) for arm in arms),
         "evaluation": not all(ways),
         "gradient": any(arm.straight_through for arm in arms),
-        "noise": any(noise.disturbed for noise in machine_noise(arms).values()),
+        "noise": any(not_quiet(arms).values()),
         "cost": any(unequal((arm, comparison.reference), "flops_per_token") for arm in arms),
     }
     return [WORDS["notes"][name].format(unless=unless) for name, found in occur.items() if found]
+
+
+def not_quiet(arms: Sequence[Arm]) -> dict[Arm, str]:
+    """The sign at speeds and times that other work on the machine may have changed."""
+    shared = measures.side_by_side(arms)
+    return {arm: NOT_QUIET * (noise.disturbed or arm in shared) for arm, noise in machine_noise(arms).items()}
 
 
 def listed(items: Sequence[str]) -> str:

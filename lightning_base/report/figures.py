@@ -141,14 +141,14 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
 
 
 def load_bars(looks: Looks) -> Iterator[Picture]:
-    """Load of each expert in the final evaluation: a row per arm and evaluation mode, a column per layer."""
+    """Load of experts in the final evaluation, fullest first: a row per arm and evaluation mode, a column per layer."""
     rows: list[tuple[str, dict[str, Any]]] = []
     for arm, look in looks.items():
         for mode in arm.modes if arm.sparse else []:
             found: dict[str, list[np.ndarray]] = {}
             for run in arm.runs:
                 for layer, counts in run.counts.get(f"{stage_of(arm, mode)}_pass", {}).items():
-                    found.setdefault(layer, []).append(relative(counts))
+                    found.setdefault(layer, []).append(fullest_first(counts))
             label = arm.label + f", {mode}" * (len(arm.modes) > 1)
             bars = {layer: (np.mean(shares, 0), look["color"]) for layer, shares in found.items()}
             rows += [(label, bars)] * bool(found)
@@ -160,16 +160,19 @@ def load_bars(looks: Looks) -> Iterator[Picture]:
             axes.axhline(1, color="#444444", lw=1)
             axes.grid(axis="x", visible=False)
             axes.set_xticks(experts[:: max(len(experts) // 8, 1)])
-        figure.supxlabel("expert", fontsize=11)
+        figure.supxlabel("expert, fullest first", fontsize=11)
         figure.supylabel("tokens / even share", fontsize=11)
         title = f"Load per expert in evaluation{part.replace('_', ' ')}"
         yield render(f"load_bars{part}", title, CAPTIONS["load_bars"], figure)
 
 
-def relative(counts: Counts) -> np.ndarray:
-    """Demand and load of the last pass relative to an even share of the demand, [2, E]."""
+def fullest_first(counts: Counts) -> np.ndarray:
+    """Demand and load of the last pass relative to an even share of the demand, [2, E], by falling load.
+
+    An expert's number means nothing across seeds: a mean over seeds by number would look even where no seed is.
+    """
     both_2E = np.stack([counts.demand[-1], counts.load[-1]])
-    return np.asarray(both_2E / max(both_2E[0].mean(), 1e-9))
+    return np.asarray(both_2E[:, np.argsort(-both_2E[1], kind="stable")] / max(both_2E[0].mean(), 1e-9))
 
 
 def load_heatmaps(arms: Sequence[Arm]) -> Iterator[Picture]:

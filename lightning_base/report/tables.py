@@ -95,7 +95,7 @@ def ahead(arm: Arm, mode: str) -> str:
 
 def difference(contrast: answer.Contrast | None, flag: str = "") -> str:
     text = contrast.text + flag if contrast else DASH
-    return Strong(text) if contrast and contrast.decided else text
+    return Strong(text) if contrast and contrast.decided and not flag else text
 
 
 def short_table(comparison: Comparison) -> Table:
@@ -115,7 +115,7 @@ def short_table(comparison: Comparison) -> Table:
         ],
         Column("between seeds"): [f"{interval(some).spread:.4f}" if len(some) > 1 else DASH for some in losses],
         Column("bits per byte"): list(map(measures.BITS.cell, arms)),
-        Column("tokens/s"): [speed_cell(arm) + answer.NOT_QUIET * noise[arm].disturbed for arm in arms],
+        Column("tokens/s"): [speed_cell(arm) + sign for arm, sign in answer.not_quiet(arms).items()],
         Column("scaled tokens/s"): [f"{pace:,.0f}" if (pace := noise[arm].scaled) else "" for arm in arms],
         **{Column(measure.heading, measure.group): list(map(measure.cell, arms)) for measure in measures.ROUTED},
     }
@@ -157,7 +157,7 @@ def equal_cost_table(comparison: Comparison) -> Table:
     # What the run that spent least had spent at its last validation; the lowest loss that every run has reached.
     budgets = {name: min(float(measures.cost(run, name)[-1]) for run in runs) for name in measures.COSTS}
     target = max(run.values(measures.CURVE)[-1] for run in ranked)
-    signs = {arm: answer.NOT_QUIET * noise.disturbed for arm, noise in machine_noise(arms).items()}
+    signs = answer.not_quiet(arms)
     losses, gaps = {}, {}
     for name, spent in budgets.items():
         read, sign = measures.loss_at(name, spent), signs if name == "time" else dict.fromkeys(arms, "")

@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 from hand_made_runs import edit, write_run, write_seeds
 
-from lightning_base.report.answer import all_contrasts
+from lightning_base.report.answer import all_contrasts, not_quiet
 from lightning_base.report.document import Section, build
 from lightning_base.report.fairness import Arm, Comparison, setting
 from lightning_base.report.read import Run, read_job
-from lightning_base.report.tables import Strong, Table
+from lightning_base.report.tables import Strong, Table, difference
 
 BASE, SWITCH = (5.0, 5.2, 5.4), (4.0, 4.6, 4.9)
 
@@ -170,6 +170,21 @@ def test_speeds_of_runs_that_shared_the_machine_are_not_compared(tmp_path: Path)
     (section,) = build(tmp_path).sections
     (caution,) = section.cautions
     assert caution.endswith("runs shared the machine with others of this table: BASE and Switch.")
+    assert {arm.label: sign for arm, sign in not_quiet(section.comparison.arms).items()} == {
+        "BASE": "§",
+        "Switch": "§",
+        "TopK": "",
+        "Hash": "",
+    }
+    assert any(note.startswith("§ The machine was not quiet") for note in section.notes)
+
+
+def test_a_difference_that_rests_on_uncertain_speeds_is_not_marked(tmp_path: Path) -> None:
+    section = section_of(tmp_path, BASE=BASE, Switch=(4.0, 4.2, 4.45))
+    (sure,) = (found for found in all_contrasts(section.comparison) if found.decided)
+    assert isinstance(difference(sure), Strong)
+    assert not isinstance(difference(sure, "§"), Strong)
+    assert difference(sure, "§") == difference(sure) + "§"
 
 
 def test_another_number_of_threads_is_said(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Colours are the router's own, and curves lie where the numbers say."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from hand_made_runs import write_run, write_seeds
@@ -7,7 +8,7 @@ from hand_made_runs import write_run, write_seeds
 from lightning_base.report.document import build
 from lightning_base.report.drawing import ROUTERS, router_color, styles
 from lightning_base.report.fairness import Arm
-from lightning_base.report.figures import pareto_front, pictures, relative
+from lightning_base.report.figures import fullest_first, pareto_front, pictures
 from lightning_base.report.measures import cost
 from lightning_base.report.read import Run, read_job
 
@@ -41,10 +42,15 @@ def test_flops_are_steps_times_tokens_per_step_times_flops_per_token(tmp_path: P
     assert cost(run, "FLOPs").tolist() == [96_000.0, 192_000.0, 288_000.0, 384_000.0]
 
 
-def test_load_is_relative_to_an_even_share(tmp_path: Path) -> None:
+def test_load_is_relative_to_an_even_share_from_the_fullest_expert_on(tmp_path: Path) -> None:
     run = read(write_run(tmp_path / "run"))
     # [20, 10, 6, 4] of 40 tokens over 4 experts.
-    assert relative(run.counts["final_pass"]["layer_1"]).tolist() == [[2.0, 1.0, 0.6, 0.4]] * 2
+    found = run.counts["final_pass"]["layer_1"]
+    assert fullest_first(found).tolist() == [[2.0, 1.0, 0.6, 0.4]] * 2
+    # The same experts by other numbers: what one has been asked for stays beside what it computed.
+    other = replace(found, demand=found.demand[:, [2, 0, 3, 1]], load=found.load[:, [2, 0, 3, 1]] - [0, 14, 0, 0])
+    assert other.load[-1].tolist() == [6, 6, 4, 10]
+    assert fullest_first(other).tolist() == [[1.0, 0.6, 2.0, 0.4], [1.0, 0.6, 0.6, 0.4]]
 
 
 def test_arms_without_curves_or_counts_leave_the_other_figures_whole(tmp_path: Path) -> None:
