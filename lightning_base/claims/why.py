@@ -48,10 +48,16 @@ def against(reference: str, arms: Mapping[str, Arm], *, same_model: bool = True)
     for name, arm in arms.items():
         row = [name, str(len(arm)), plain(mean(arm))]
         more = (
-            [signed(found[name]), f"{corrected[name]:.3f}", f"{found[name].spread:.4f}"] if name in found else [""] * 3
+            [signed(found[name]), probability(corrected[name]), f"{found[name].spread:.4f}"]
+            if name in found
+            else [""] * 3
         )
         rows.append([*row, *more])
     return rows
+
+
+def probability(p: float) -> str:
+    return f"{p:.3f}" if p >= 0.001 else "< 0.001"
 
 
 def compared(studies: Studies, experiment: str = "compare") -> Rows:

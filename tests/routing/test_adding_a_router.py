@@ -32,7 +32,10 @@ class Nearest(Router):
     def forward(self, tokens: Tensor, token_ids: Tensor, groups: RoutingGroups) -> RoutingPlan:
         with torch.autocast(tokens.device.type, enabled=False):
             seen = full_precision(tokens)
-            distance, expert_index = (seen[:, None] - full_precision(self.points)).square().mean(-1).min(-1)
+            points = full_precision(self.points)
+            # The square of a difference, without a tensor of tokens by points by width.
+            products = seen.square().sum(-1, keepdim=True) - 2 * seen @ points.T + points.square().sum(-1)
+            distance, expert_index = (products.clamp_min(0) / seen.shape[-1]).min(-1)
         token_index = torch.arange(len(tokens), device=tokens.device)
         weight = torch.exp(-distance / 8)
         return RoutingPlan(
