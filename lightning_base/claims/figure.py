@@ -7,8 +7,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lightning_base.claims.studies import MissingError, Studies, difference, final_loss, loss_at, mean
-from lightning_base.claims.why import LENGTHS, NAMES, SCALES
+from lightning_base.claims.inside import SCALES
+from lightning_base.claims.studies import NAMES, MissingError, Studies, difference, final_loss, loss_at, mean
+from lightning_base.claims.why import LENGTHS
 from lightning_base.report.drawing import ROUTERS
 from lightning_base.report.statistics import Interval
 

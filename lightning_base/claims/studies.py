@@ -12,6 +12,15 @@ from lightning_base.report.statistics import Interval, interval
 from lightning_base.report.verify import sound_runs
 
 Number = Callable[[Run], float]
+# Arms by the class of their router.
+NAMES = {
+    "Dense": "dense",
+    "GatedDense": "gated_dense",
+    "BASE": "base",
+    "Switch": "switch",
+    "TopK": "top_k",
+    "Hash": "hash",
+}
 # An arm: its runs by seed.
 Arm = dict[int, Run]
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_base.claims import why
+from lightning_base.claims import inside, why
 from lightning_base.claims.page import fill, table
 from lightning_base.claims.paper import balance, one_large_layer
 from lightning_base.claims.studies import MissingError, Studies, best, difference, loss_at, mean
@@ -144,11 +144,11 @@ def test_a_checkpoint_that_cannot_be_read_leaves_its_table_as_it_was(studies: St
     """Such as one in a single file, which an older version wrote."""
     run = studies.arm("compare", "BASE")[1]
     with pytest.raises(MissingError, match="BASE_1 has no checkpoint"):
-        why.centroids(run)
+        inside.centroids(run)
     (run.path / "checkpoints").mkdir()
     (run.path / "checkpoints" / "step_4.ckpt").write_bytes(b"an older format")
     with pytest.raises(MissingError, match=r"step_4\.ckpt is a single file"):
-        why.centroids(run)
+        inside.centroids(run)
 
 
 def test_what_shuffling_changes_is_a_difference_of_pairs(tmp_path: Path) -> None:
