@@ -248,7 +248,7 @@ def heatmap(history: list[tuple[int, np.ndarray]], layers: list[str] | None) -> 
     if layers:
         axes.set_yticks(range(len(layers)), layers)
     else:
-        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.set_ylabel("expert")
     figure.colorbar(image, label="max_vio" if layers else "load / even share")
     return figure
