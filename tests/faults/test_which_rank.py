@@ -46,11 +46,17 @@ class Breaking(Uniform):
     def __init__(self, num_experts, width, place="forward"):
         super().__init__(num_experts=num_experts, width=width)
         self.place, self.seen = place, 0
+        self.factor = torch.nn.Parameter(torch.ones(()), requires_grad=False)
+
+    def reset_parameters(self):
+        torch.nn.init.ones_(self.factor)
 
     def forward(self, tokens, token_ids, groups):
         learns = self.training and torch.is_grad_enabled() and not self.rehearsal
         self.seen += learns
         plan = super().forward(tokens, token_ids, groups)
+        if self.place == "weights":
+            plan = type(plan)(**{**vars(plan), "weight": plan.weight * self.factor.clone()})
         # The first rank writes checkpoints, so that it alone can fail in that; a process alone has no number.
         if os.environ.get("RANK") not in (None, "0" if self.place == "save" else "1") or self.seen != 3 or not learns:
             return plan
@@ -68,6 +74,8 @@ class Breaking(Uniform):
             def write_part(*args, **kwargs):
                 raise OSError("broken in a save")
             together.write_part = write_part
+        elif self.place == "weights":
+            self.factor.fill_(float("nan"))  # the next step is the first that has it in its loss
         elif self.place == "forward":
             raise RuntimeError("broken in the forward pass")
         return plan
@@ -195,6 +203,26 @@ def test_the_rank_that_raises_is_named_with_its_traceback(
     assert "breaking.py" in status["traceback"] or place == "loss"
     failures = [program.read(path)["time"] for path in (run / "failures").glob("rank_*.json")]
     assert status["updated"] - min(failures) < SLACK
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("strategy", ["single", "ddp", "expert_parallel"])
+def test_weights_that_are_not_finite_on_one_rank_are_saved_by_none(
+    strategy: str, small_corpus: list[str], routers: Path, tmp_path: Path
+) -> None:
+    """The ranks agree about it, and none waits for another in a save."""
+    ranks = RANKS if strategy != "single" else ()
+    options = ("-m", *ranks, f"strategy={strategy}", "router=breaking", "router.place=weights")
+    every_step = ("trainer.checkpoint_every_n_steps=1", "trainer.max_steps=6", "trainer.detect_anomaly=false")
+    done = program.train(*small_corpus, *options, *every_step, f"runs_dir={tmp_path}", routers=routers)
+    assert done.returncode == 1, done.stderr
+    run = program.only_job(tmp_path)
+    saved = {path.name for path in (run / "checkpoints").glob("step_*")}
+    assert "step_2.ckpt" in saved
+    assert "step_3.ckpt" not in saved
+    assert "step_4.ckpt" not in saved
+    assert "step_2.ckpt" in program.read(run / "status.json")["error"]
+    assert wait_until_gone(tmp_path) == []
 
 
 @pytest.mark.exhaustive
