@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 
+from lightning_base.moe.memory import MEMORY
+
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 RESET_PEAK = "5"  # of proc(5)
 
@@ -21,7 +23,7 @@ def peak_bytes(method: Callable[[], object], device: str) -> int:
     """The most that one call holds at a time: activations, gradients and what lies between.
 
     On a CPU it is the growth of the process's resident memory at its peak, whoever allocates: torch, numpy or Numba.
-    What the C library keeps of earlier calls is given back first.
+    What our experts and the C library keep of earlier calls is given back first.
     """
     gc.collect()
     if torch.device(device).type == "cuda":
@@ -30,6 +32,7 @@ def peak_bytes(method: Callable[[], object], device: str) -> int:
         torch.cuda.reset_peak_memory_stats(device)
         method()
         return torch.cuda.max_memory_allocated(device) - before
+    MEMORY.forget()
     ctypes.CDLL(None).malloc_trim(0)
     CLEAR.write_text(RESET_PEAK)
     before = status_bytes("VmRSS")

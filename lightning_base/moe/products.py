@@ -3,21 +3,19 @@
 Two batched products and their gradients are all the work there is; what a plain chain of operations adds is memory.
 Activations and gradients are tens of megabytes each, which the allocator maps anew in every step, and the kernel clears
 them page by page: a third of the time at 64 experts. So nothing is written that need not be (relu and its gradient work
-in place), and what is written lies in huge pages.
+in place), and what is written lies in memory that is kept.
 
 Shapes: A assignments sorted by expert, D width, H hidden width, E experts.
 """
 
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from lightning_base.moe.memory import MEMORY
 from lightning_base.moe.workers import for_each_expert
-
-PRECISIONS = {torch.float32: np.float32, torch.float64: np.float64}
 
 # Bytes of the gradient of relu(x W1) that are in memory at once; it is as large as what the forward pass keeps.
 AT_ONCE = 8 * 2**20
@@ -34,7 +32,8 @@ def relu_experts(x_AD: Tensor, w1_EDH: Tensor, w2_EHD: Tensor, counts: Tensor) -
         counts: [E], tokens per expert, summing to A.
     """
     x_AD = x_AD.contiguous()
-    inner_AH, update_AD = _empty(x_AD, len(x_AD), w1_EDH.shape[2]), _empty(x_AD, *x_AD.shape)
+    inner_AH = MEMORY.empty(x_AD.dtype, len(x_AD), w1_EDH.shape[2])
+    update_AD = MEMORY.empty(x_AD.dtype, *x_AD.shape)
     sizes = counts.tolist()
     if _equal(sizes):
         x_END, inner_ENH, update_END = (rows.view(len(sizes), sizes[0], -1) for rows in (x_AD, inner_AH, update_AD))
@@ -57,13 +56,13 @@ def relu_experts_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of ``x_AD``, ``w1_EDH`` and ``w2_EHD``, given that of the first result; zero for idle experts."""
     x_AD, grad_AD, sizes = x_AD.contiguous(), grad_AD.contiguous(), counts.tolist()
-    x_grad_AD, w1_grad_EDH, w2_grad_EHD = (_empty(x_AD, *like.shape) for like in (x_AD, w1_EDH, w2_EHD))
+    x_grad_AD, w1_grad_EDH, w2_grad_EHD = (MEMORY.empty(x_AD.dtype, *like.shape) for like in (x_AD, w1_EDH, w2_EHD))
     if _equal(sizes):
         x_END, grad_END, inner_ENH, x_grad_END = (
             rows.view(len(sizes), sizes[0], -1) for rows in (x_AD, grad_AD, inner_AH, x_grad_AD)
         )
         at_once = max(torch.get_num_threads(), AT_ONCE // inner_ENH[0].nbytes)
-        buffer_ENH = _empty(x_AD, min(at_once, len(sizes)), *inner_ENH.shape[1:])
+        buffer_ENH = MEMORY.empty(x_AD.dtype, min(at_once, len(sizes)), *inner_ENH.shape[1:])
         for first in range(0, len(sizes), at_once):
             some = slice(first, first + at_once)
             inner_grad_ENH = buffer_ENH[: len(sizes) - first]
@@ -77,7 +76,7 @@ def relu_experts_backward(
     def compute(expert: int, rows: slice) -> None:
         grad, inner = grad_AD[rows], inner_AH[rows]
         torch.mm(inner.t(), grad, out=w2_grad_EHD[expert])
-        inner_grad = torch.mm(grad, w2_EHD[expert].t(), out=_empty(inner, *inner.shape))
+        inner_grad = torch.mm(grad, w2_EHD[expert].t(), out=MEMORY.empty(inner.dtype, *inner.shape))
         _mask(inner_grad, inner)
         torch.mm(x_AD[rows].t(), inner_grad, out=w1_grad_EDH[expert])
         torch.mm(inner_grad, w1_EDH[expert].t(), out=x_grad_AD[rows])
@@ -93,11 +92,6 @@ def _mask(inner_grad: Tensor, inner: Tensor) -> None:
 
 def _equal(sizes: list[int]) -> bool:
     return len(sizes) > 1 and sizes[0] > 0 and sizes.count(sizes[0]) == len(sizes)
-
-
-def _empty(like: Tensor, *shape: int) -> Tensor:
-    # numpy asks the kernel for huge pages, which torch does only where an environment variable says so.
-    return torch.from_numpy(np.empty(shape, PRECISIONS[like.dtype]))
 
 
 @relu_experts.register_fake
