@@ -1,9 +1,17 @@
 import os
 from pathlib import Path
 
+# Before anything of this package: what is first imported from a module whose shapes are checked is compiled anew.
+import matplotlib.pyplot  # noqa: F401
+import numba  # noqa: F401
 import program
 import pytest
+import pytorch_lightning  # noqa: F401
+import scipy.optimize
+import scipy.stats  # noqa: F401
 import torch
+import torch._dynamo
+import torch.utils.tensorboard
 from filelock import FileLock
 from hypothesis import settings
 
