@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from lightning_base.data.huggingface import HuggingFace
     from lightning_base.data.loader import TokenLoader, TrainingLoader
     from lightning_base.data.order import GlobalBatchSampler, check_batch
-    from lightning_base.data.preparation import prepare, prepare_for_run
+    from lightning_base.data.preparation import described, prepare, prepare_for_run
     from lightning_base.data.prepared import PreparedCorpus, TokenSplit
     from lightning_base.data.python_stdlib import PythonStandardLibrary
     from lightning_base.data.sequences import SequenceDataset
@@ -31,6 +31,7 @@ _HOME = {
     "TokenFiles": "tokens",
     "HuggingFace": "huggingface",
     "prepare": "preparation",
+    "described": "preparation",
     "prepare_for_run": "preparation",
     "settled": "vocabulary",
     "PreparedCorpus": "prepared",
@@ -62,6 +63,7 @@ __all__ = [
     "TokenSplit",
     "TrainingLoader",
     "check_batch",
+    "described",
     "prepare",
     "prepare_for_run",
     "settled",

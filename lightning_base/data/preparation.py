@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import sys
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -77,6 +76,21 @@ def prepare_for_run(corpus: Corpus, run: RunSettings) -> PreparedCorpus:
     return prepared
 
 
+def described(prepared: PreparedCorpus, run: RunSettings) -> list[str]:
+    """What a person at the terminal wants to know of a corpus, a sentence each."""
+    statistics = prepared.statistics
+    lines = [
+        f"{statistics['train_tokens']:,} tokens to train on, {statistics['validation_tokens']:,} to validate on, "
+        f"cached in {prepared.folder}"
+    ]
+    file = find_vocabulary(run.vocab_size, run.tokenizer, run.end_of_text).file
+    if file is not None:
+        lines.append(f"{SIZE_KEY}={run.vocab_size}, with the {prepared.vocab_size:,} tokens of {file}")
+    if prepared.bytes_per_token is None:
+        lines.append(f"without bits per byte, since {why_without_bytes(prepared)}")
+    return lines
+
+
 def prepare(
     corpus: Corpus,
     *,
@@ -132,18 +146,7 @@ def prepare(
     folder = Path(cache_dir).expanduser().resolve() / key
     corpus_bytes = int(found.bytes_per_bucket.sum())
     build_once(folder, lambda empty: write_corpus(empty, reader, split, vocabulary, corpus_bytes), lock_timeout)
-    prepared = PreparedCorpus(folder)
-    statistics = prepared.statistics
-    lines = [
-        f"{statistics['train_tokens']:,} tokens to train on, {statistics['validation_tokens']:,} to validate on, "
-        f"cached in {folder}"
-    ]
-    if vocabulary.file is not None:
-        lines.append(f"{SIZE_KEY}={vocab_size}, with the {prepared.vocab_size:,} tokens of {vocabulary.file}")
-    if prepared.bytes_per_token is None:
-        lines.append(f"without bits per byte, since {why_without_bytes(prepared)}")
-    print("\n".join(f"data: {line}" for line in lines), file=sys.stderr)
-    return prepared
+    return PreparedCorpus(folder)
 
 
 def check_kind(reader: Reader, vocabulary: Vocabulary) -> None:

@@ -4,6 +4,7 @@ Nothing here runs on a rank.
 """
 
 import os
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +14,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from lightning_base.data import CorpusError, prepare_for_run, settled
+from lightning_base.data import CorpusError, described, prepare_for_run, settled
 from lightning_base.instantiation import ConfigError, plain_defaults, resolve
 from lightning_base.program.claim import InUseError, claimed, in_use, is_here_and_alive, read_owner
 from lightning_base.program.config import Config
@@ -229,11 +230,14 @@ def prepare_data(config: Config) -> str:
     if key not in PREPARED:
         corpus = config.build_corpus()
         try:
-            PREPARED[key] = prepare_for_run(corpus, config.data).folder.name
+            prepared = prepare_for_run(corpus, config.data)
         except ConfigError:
             raise
         except ValueError as error:
             raise ConfigError(str(error)) from error
+        for line in described(prepared, config.data):
+            print(f"data: {line}", file=sys.stderr)
+        PREPARED[key] = prepared.folder.name
     return PREPARED[key]
 
 

@@ -210,3 +210,11 @@ def reseal(folder: Path) -> None:
     status = json.loads((folder / "status.json").read_text())
     digest = hashlib.sha256((folder / "manifest.json").read_bytes()).hexdigest()
     write_json(folder / "status.json", {**status, "manifest_sha256": digest})
+
+
+def write_experiment(folder: Path) -> Path:
+    """A sweep of two sound arms: BASE with a loss of 5.0, Switch with 4.5."""
+    write_run(folder / "router=base", "BASE", 5.0)
+    write_run(folder / "router=switch", "Switch", 4.5)
+    write_json(folder / "sweep.json", {"jobs": {"router=base": "base", "router=switch": "switch"}})
+    return folder

@@ -2,17 +2,20 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
+from contextlib import redirect_stdout
 from html.parser import HTMLParser
+from io import StringIO
 from pathlib import Path
 
 import pytest
-from hand_made_runs import reseal, write_json, write_run
+from hand_made_runs import reseal, write_experiment, write_json, write_run
 
 from lightning_base.report import write_report
 from lightning_base.report.document import build
-from lightning_base.report.write import main
+from lightning_base.report.write import find, main
 
 ADDRESSES = ("src", "href", "srcset", "data", "action", "poster")
 
@@ -35,8 +38,17 @@ class Page(HTMLParser):
         self.text += data
 
 
-def test_the_page_needs_nothing_but_itself(experiment: Path) -> None:
-    text = write_report(experiment).read_text()
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The folder of two sound arms with their report, and what was printed."""
+    folder = write_experiment(tmp_path_factory.mktemp("written") / "hand_made")
+    with redirect_stdout(StringIO()) as printed:
+        assert write_report(folder) == folder / "report.html"
+    return folder, printed.getvalue()
+
+
+def test_the_page_needs_nothing_but_itself(written: tuple[Path, str]) -> None:
+    text = (written[0] / "report.html").read_text()
     page = Page(text)
     assert page.addresses
     assert all(address.startswith("data:image/svg+xml;base64,") for address in page.addresses)
@@ -44,36 +56,42 @@ def test_the_page_needs_nothing_but_itself(experiment: Path) -> None:
     assert not re.search(r"@import|url\(", text)
 
 
-def test_a_page_has_all_figures_and_markdown_has_them_as_files(experiment: Path) -> None:
-    page = Page(write_report(experiment).read_text())
+def test_a_page_has_all_figures_and_markdown_has_them_as_files(written: tuple[Path, str]) -> None:
+    page = Page((written[0] / "report.html").read_text())
     names = ["difference", "load_bars", "load_over_time", "loss_flops", "loss_steps", "loss_time", "pareto"]
-    assert sorted(path.stem for path in (experiment / "report_files").glob("*.png")) == names
-    text = (experiment / "report.md").read_text()
+    assert sorted(path.stem for path in (written[0] / "report_files").glob("*.png")) == names
+    text = (written[0] / "report.md").read_text()
     assert sorted(re.findall(r"\]\(report_files/(\w+)\.png\)", text)) == names
     assert page.tags.count("figure") == page.tags.count("figcaption") == 7
 
 
-def test_the_answer_stands_first_with_one_figure_and_tables_are_files_too(experiment: Path) -> None:
-    text = write_report(experiment).read_text()
+def test_the_answer_stands_first_with_one_figure_and_tables_are_files_too(written: tuple[Path, str]) -> None:
+    text = (written[0] / "report.html").read_text()
     first = [text.index(mark) for mark in ("One seed does not support a ranking", "<figure", "<table", "<details>")]
     assert first == sorted(first)
     assert text[: text.index("<table")].count("<figure") == 1
-    tables = {path.stem for path in (experiment / "report_files").glob("*.tex")}
+    tables = {path.stem for path in (written[0] / "report_files").glob("*.tex")}
     assert {"the_arms", "quality_speed_and_cost_loss_against_speed"} <= tables
-    assert {path.stem for path in (experiment / "report_files").glob("*.csv")} == tables | {"numbers"}
+    assert {path.stem for path in (written[0] / "report_files").glob("*.csv")} == tables | {"numbers"}
 
 
-def test_page_markdown_and_terminal_show_the_same_numbers(experiment: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    page = Page(write_report(experiment).read_text())
-    printed = capsys.readouterr().out
-    for text in (page.text, (experiment / "report.md").read_text(), printed):
+def test_page_markdown_and_terminal_show_the_same_numbers(written: tuple[Path, str]) -> None:
+    folder, printed = written
+    page = Page((folder / "report.html").read_text())
+    for text in (page.text, (folder / "report.md").read_text(), printed):
         text = text.replace(" %", "\u00a0%")
         assert all(number in text for number in ("4.5000", "5.0000", "18.75\u00a0%", "0.538")), text
     assert "report.html" in printed
     assert "report.md" in printed
 
 
-def test_what_comes_from_files_is_escaped(experiment: Path) -> None:
+def test_the_same_runs_give_the_same_bytes(written: tuple[Path, str], experiment: Path) -> None:
+    assert write_report(experiment).read_bytes() == (written[0] / "report.html").read_bytes()
+
+
+def test_what_comes_from_files_is_escaped_on_page_and_terminal(
+    experiment: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     evil = "<script>alert(1)</script>|`x`\x1b[2J"
     write_json(experiment / "sweep.json", {"jobs": {"router=base": evil, "router=switch": "switch", "gone": evil}})
     text = write_report(experiment).read_text()
@@ -82,17 +100,9 @@ def test_what_comes_from_files_is_escaped(experiment: Path) -> None:
     rows = [line for line in (experiment / "report.md").read_text().splitlines() if "alert" in line and line[0] == "|"]
     assert rows
     assert all("<script>" not in row.replace("\\<", "") for row in rows)
-
-
-def test_the_terminal_gets_no_control_characters(experiment: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write_json(experiment / "sweep.json", {"jobs": {"router=base": "\x1b[2Jbase", "router=switch": "switch"}})
-    write_report(experiment)
-    assert "\x1b" not in capsys.readouterr().out
-
-
-def test_the_same_runs_give_the_same_bytes(experiment: Path) -> None:
-    first = write_report(experiment).read_bytes()
-    assert write_report(experiment).read_bytes() == first
+    printed = capsys.readouterr().out
+    assert "alert(1)" in printed
+    assert "\x1b" not in printed
 
 
 def test_several_directories_make_one_report_beside_them(experiment: Path) -> None:
@@ -126,8 +136,7 @@ def test_a_directory_that_is_not_there_is_one_sentence_with_near_names(
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert "did you mean compare?" in error
-    assert main(["compare"]) == 0
-    assert main(["runs/compare"]) == 0
+    assert find("compare") == find("runs/compare") == Path("runs/compare")
 
 
 @pytest.mark.parametrize("content", ["nothing", "foreign", "unfinished", "refused", "deeper"])
@@ -230,14 +239,12 @@ def test_a_real_sweep_stands_in_one_table(small_sweep: Path) -> None:
 
 
 def test_a_real_run_with_an_altered_fingerprint_is_kept_out(small_sweep: Path, tmp_path: Path) -> None:
-    import shutil
-
     copied = shutil.copytree(small_sweep, tmp_path / "copied", ignore=shutil.ignore_patterns("checkpoints"))
     (path,) = copied.glob("router=switch*/manifest.json")
     manifest = json.loads(path.read_text())
     write_json(path, {**manifest, "batch_fingerprint": manifest["batch_fingerprint"][::-1]})
-    text = Page(write_report(copied).read_text()).text
-    assert "manifest.json is not what it was when the run ended" in text
+    (refused,) = build(copied).left_out
+    assert "manifest.json is not what it was when the run ended" in refused.reason
     reseal(path.parent)
     text = Page(write_report(copied).read_text()).text
     assert "Not comparable with the first table" in text
