@@ -36,7 +36,20 @@ IMPORTED += (
     "numba.cpython.charseq",
     "lightning_base.data.text",
     "pyarrow.parquet",
+    "PIL.PngImagePlugin",
+    "torch.utils.serialization.config",
 )
+CALLBACKS = (
+    "assignment",
+    "causality",
+    "communication",
+    "compute_balance",
+    "machine",
+    "routing_change",
+    "routing_gap",
+    "step_time",
+)
+IMPORTED += tuple(f"lightning_base.callbacks.{name}" for name in CALLBACKS)
 
 start_a_program = subprocess.Popen._execute_child  # type: ignore[attr-defined]
 
@@ -208,6 +221,40 @@ def warm_up() -> None:
 
     for k in (1, 2):
         balanced_assignment(torch.rand(32, 8, generator=torch.Generator().manual_seed(0)), k=k)
+    compose_once()
+    draw_once()
+
+
+def compose_once() -> None:
+    """Lets Hydra build what it keeps: its plugins, the automata of its grammar, what OmegaConf knows of its classes."""
+    import hydra
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.types import RunMode
+
+    from lightning_base.program.command import CONF
+
+    overrides = [
+        "router=base,switch",
+        "data.corpus.files=[a/*.txt,'b c']",
+        "++trainer.max_steps=4",
+        "name=x-1",
+        "seed=1",
+    ]
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3", job_name="train"):
+        opened = GlobalHydra.instance().hydra
+        assert opened is not None
+        opened.compose_config("config", ["data=text", *overrides], run_mode=RunMode.MULTIRUN)
+
+
+def draw_once() -> None:
+    """Lets matplotlib find its fonts and their letters."""
+    from io import BytesIO
+
+    from matplotlib.figure import Figure
+
+    figure = Figure()
+    figure.subplots().set(xlabel="0123456789", title="title")
+    figure.savefig(BytesIO(), format="png")
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from lightning_base.report import measures
-from lightning_base.report.answer import contrasts
+from lightning_base.report.answer import contrasts, not_quiet
 from lightning_base.report.drawing import LOOK, Picture, chart, heatmap, legend_columns, panels, render, styles
 from lightning_base.report.fairness import Arm, Comparison, stage_of
 from lightning_base.report.measures import CURVE, by_seed, final_loss, mean, speed, validated
@@ -116,6 +116,7 @@ def pareto(arms: Sequence[Arm]) -> Iterator[Picture]:
     axes.plot(*zip(*joined, strict=True), color="#888888", lw=1, ls="--", gid="front")
     balance = [mean(arm, measures.ROUTED[-1].read) for arm in points]
     look: dict[str, Any] = {"s": 80, "cmap": "viridis_r", "edgecolors": "black", "zorder": 3, "plotnonfinite": True}
+    signs = not_quiet(arms)
     paces, losses = zip(*points.values(), strict=True)
     shown = axes.scatter(paces, losses, c=balance, **look)
     axes.margins(0.15)
@@ -123,7 +124,7 @@ def pareto(arms: Sequence[Arm]) -> Iterator[Picture]:
     for arm, point in points.items():
         across, along = (margin(list(by_seed(arm, read).values())) for read in (speed, final_loss))
         axes.errorbar(*point, xerr=across, yerr=along, color="#999999", lw=1)
-        text = arm.label + "‡" * (not arm.causal)
+        text = arm.label + "‡" * (not arm.causal) + signs[arm]
         axes.annotate(text, point, (7, 5), textcoords="offset points", fontsize=10)
     axes.set(xlim=seen[0], ylim=seen[1], xlabel="training tokens per second", ylabel="validation loss [nats per token]")
     figure.colorbar(shown, ax=axes, label="max_vio in evaluation (0 is even)")

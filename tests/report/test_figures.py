@@ -1,9 +1,10 @@
 """Colours are the router's own, and curves lie where the numbers say."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
-from hand_made_runs import write_run, write_seeds
+from hand_made_runs import edit, write_run, write_seeds
 
 from lightning_base.report.document import build
 from lightning_base.report.drawing import ROUTERS, router_color, styles
@@ -75,6 +76,17 @@ def test_one_seed_has_no_interval_in_its_figure(experiment: Path) -> None:
     first = pictures(section.comparison)[0]
     assert "One seed" in first.caption
     assert b'id="difference1"' not in first.svg
+
+
+def test_speeds_of_runs_that_shared_the_machine_are_marked(tmp_path: Path) -> None:
+    for router, host in {"BASE": "a", "Switch": "a", "TopK": "b"}.items():
+        run = write_run(tmp_path / router, router)
+        for key, value in {"host": host, "started": 10.0, "updated": 20.0}.items():
+            edit(run / "status.json", key, value)
+    (section,) = build(tmp_path).sections
+    (drawn,) = (picture for picture in pictures(section.comparison) if picture.name == "pareto")
+    labels = re.findall(r"<!-- (\w+§?) -->", drawn.svg.decode())
+    assert {"BASE§", "Switch§", "TopK"} <= set(labels)
 
 
 def test_the_front_holds_what_no_other_point_beats() -> None:
