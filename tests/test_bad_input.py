@@ -100,7 +100,8 @@ CASES = {
     ),
     "one unknown router of a sweep": (["-m", "router=uniform,swich"], "did you mean switch?"),
     "an override that cannot be read": (["nonsense"], "nonsense"),
-    "a name that leaves the runs": (["name=a/b"], "name='a/b' is out of range"),
+    "a name that leaves the runs": (["name=../runs"], "name='../runs' is out of range"),
+    "a sweep with a name that leaves the runs": (["-m", "router=base,switch", "name=.."], "name='..' is out of range"),
     "a text glob that matches nothing": (["data=text", "data.corpus.files=/nowhere/*.txt"], "matches no file"),
 }
 
@@ -117,6 +118,7 @@ def test_one_sentence_and_exit_code_2(case: str, tmp_path: Path) -> None:
     assert lines[0].startswith("error: ")
     assert sentence in lines[0]
     assert not list(tmp_path.glob("runs/*/*/status.json"))
+    assert not list(tmp_path.iterdir() if "leaves the runs" in case else ())
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lightning_base.instantiation import ConfigError
+from lightning_base.program.config import folder_name
 from lightning_base.program.explain import BAD_INPUT, explain
 from lightning_base.program.job import STARTED, job
 from lightning_base.program.plugins import refuse_shadowed, store_routers
@@ -24,6 +25,7 @@ from lightning_base.program.tree import ENDED_HERE, say, shown
 CONF = Path(__file__).parents[1] / "conf"
 
 OmegaConf.register_new_resolver("job_name", job_name, replace=True)
+OmegaConf.register_new_resolver("folder_name", folder_name, replace=True)
 
 
 def main() -> None:

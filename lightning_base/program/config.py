@@ -138,6 +138,17 @@ class LoggerConfig:
     mlflow: bool = False
 
 
+def folder_name(name: object) -> str:
+    """The folder of an experiment under ``runs_dir``, which Hydra makes before anything else is looked at.
+
+    Raises:
+        ConfigError: it would lie elsewhere.
+    """
+    path = str(name) in ("", ".", "..") or "/" in str(name)
+    require(not path, "name", repr(name), "give a name for a folder under runs_dir")
+    return str(name)
+
+
 @dataclass(frozen=True)
 class Config:
     """One training run. ``router`` stays a mapping: each router brings its own options."""
@@ -157,8 +168,7 @@ class Config:
     callbacks: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        path = self.name in ("", ".", "..") or "/" in self.name
-        require(not path, "name", repr(self.name), "give a name for a folder under runs_dir")
+        folder_name(self.name)
         require(0 <= self.seed < 2**63, "seed", self.seed, "give 0 or more")
 
     @property

@@ -15,6 +15,9 @@ def explain(error: Exception) -> str:
     """The mistake in one line: the key, what was given, what would do."""
     if isinstance(error, ConfigError):
         return str(error)
+    text = str(error)
+    if "raised while resolving interpolation: " in text:  # by one of our resolvers
+        return _first_line(text.partition("raised while resolving interpolation: ")[2])
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options is not None:
         group, _, name = error.missing_cfg_file.rpartition("/")
         return f"{group}={name} does not exist{did_you_mean(name, error.options)}"
