@@ -14,8 +14,8 @@ from omegaconf import OmegaConf
 from lightning_base.callbacks.learnt_by_heart import unigram_entropy
 from lightning_base.data.order import GlobalBatchSampler
 from lightning_base.module import IGNORED
-from lightning_base.report.fairness import compare
-from lightning_base.report.read import Run, read_job
+from lightning_base.results.fairness import compare
+from lightning_base.results.read import Run, read_job
 
 
 def in_debug(mode: str, small_corpus: list[str]) -> list[str]:

@@ -6,7 +6,7 @@ import program
 import pytest
 
 from lightning_base.report.document import build
-from lightning_base.report.read import read_counts
+from lightning_base.results.read import read_counts
 
 STEPS = ("trainer.max_steps=6", "trainer.log_every_n_steps=1", "trainer.validate_every_n_steps=3")
 STEPS += ("module.learning_rate=0.03",)

@@ -17,7 +17,7 @@ from lightning_base.analysis.measure import LEAST, Findings, LayerFindings, busi
 from lightning_base.analysis.tables import percent
 from lightning_base.metrics.specialization import coactivation, specialization
 from lightning_base.report.drawing import LINES, LOOK, Picture, chunks, heatmap, lighten, render, router_color
-from lightning_base.report.read import printable
+from lightning_base.results.read import printable
 
 DOMAINS_SHOWN = 12
 # Above this many experts numbers in the cells of a heat map are too small to read.

@@ -14,7 +14,7 @@ from lightning_base.claims.why import TABLES
 from lightning_base.claims.words import Routing, routing_of
 from lightning_base.program.explain import BAD_INPUT
 from lightning_base.program.rank import quiet
-from lightning_base.report.read import ReportError
+from lightning_base.results.read import ReportError
 
 PAGE = Path("docs/claims.md")
 ROUTED = ("BASE", "Switch", "TopK", "Hash")

@@ -11,7 +11,7 @@ from lightning_base.claims.inside import SCALES
 from lightning_base.claims.studies import NAMES, MissingError, Studies, difference, final_loss, loss_at, mean
 from lightning_base.claims.why import LENGTHS
 from lightning_base.report.drawing import ROUTERS
-from lightning_base.report.statistics import Interval
+from lightning_base.results.statistics import Interval
 
 
 def draw(path: Path, studies: Studies) -> None:

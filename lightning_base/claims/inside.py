@@ -6,7 +6,7 @@ from torch import Tensor
 from lightning_base.claims.studies import NAMES, MissingError, Number, Studies, difference, last, mean
 from lightning_base.claims.verdict import Rows, plain, signed
 from lightning_base.program.checkpoint import CheckpointError, VerifiedCheckpointIO, checkpoints
-from lightning_base.report.read import Run
+from lightning_base.results.read import Run
 
 SCALES = (1, 3, 10)
 EARLY = "routing_change/step/mean"

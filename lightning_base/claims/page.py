@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lightning_base.claims.studies import MissingError, Studies
 from lightning_base.claims.verdict import Judged, Rows
-from lightning_base.report.read import ReportError
+from lightning_base.results.read import ReportError
 
 
 def table(rows: Rows) -> str:

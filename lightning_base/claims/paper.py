@@ -19,7 +19,7 @@ from lightning_base.claims.studies import (
 )
 from lightning_base.claims.verdict import Judged, Rows, Verdict, above, below, every, plain, signed, within
 from lightning_base.claims.words import Routing
-from lightning_base.report.read import Run
+from lightning_base.results.read import Run
 
 ONLY_THE_ROUTER = "Only the router differs: the default setting, `make experiment`."
 ARCHITECTURES = (

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from lightning_base.report.read import LeftOut, Run
-from lightning_base.report.statistics import Interval, interval
-from lightning_base.report.verify import sound_runs
+from lightning_base.results.read import LeftOut, Run
+from lightning_base.results.statistics import Interval, interval
+from lightning_base.results.verify import sound_runs
 
 Number = Callable[[Run], float]
 # Arms by the class of their router.

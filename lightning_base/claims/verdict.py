@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
-from lightning_base.report.statistics import Interval
+from lightning_base.results.statistics import Interval
 
 Rows = list[list[str]]
 

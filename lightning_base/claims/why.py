@@ -17,8 +17,8 @@ from lightning_base.claims.studies import (
 )
 from lightning_base.claims.verdict import Rows, plain, signed
 from lightning_base.program.run_directory import read_json
-from lightning_base.report.read import Run
-from lightning_base.report.statistics import holm
+from lightning_base.results.read import Run
+from lightning_base.results.statistics import holm
 
 LENGTHS = (80, 160, 320, 480, 640, 800, 1120, 1600)
 

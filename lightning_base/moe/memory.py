@@ -9,12 +9,16 @@ import math
 import os
 import threading
 import weakref
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-PRECISIONS = {torch.float32: np.dtype(np.float32), torch.float64: np.dtype(np.float64)}
+PRECISIONS: dict[torch.dtype, np.dtype[Any]] = {
+    torch.float32: np.dtype(np.float32),
+    torch.float64: np.dtype(np.float64),
+}
 SMALL = 2**20  # bytes, below which the C library keeps what is freed
 SLACK = 1.25  # how many times as large as what is asked for a block may be
 STEPS = 8  # sizes of blocks between two powers of two, so that those of nearly equal steps fit each other

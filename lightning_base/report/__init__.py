@@ -4,7 +4,7 @@ Reads what runs have written and nothing else: no training code is imported, so 
 were only copied to.
 """
 
-from lightning_base.report.read import ReportError
 from lightning_base.report.write import write_report
+from lightning_base.results.read import ReportError
 
 __all__ = ["ReportError", "write_report"]

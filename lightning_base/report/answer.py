@@ -5,11 +5,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from lightning_base.report import measures
-from lightning_base.report.fairness import EXECUTED, Arm, Comparison, unequal, varying
 from lightning_base.report.measures import Reader, by_seed, final_loss, machine_noise, mean
-from lightning_base.report.read import Run
-from lightning_base.report.statistics import Interval, holm, interval
 from lightning_base.report.words import WORDS
+from lightning_base.results.fairness import EXECUTED, Arm, Comparison, unequal, varying
+from lightning_base.results.read import Run
+from lightning_base.results.statistics import Interval, holm, interval
 
 # Of arms beyond noise, as usual; after Holm's correction.
 LEVEL = 0.05

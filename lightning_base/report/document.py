@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lightning_base.report.answer import answer, cautions, footnotes, listed
-from lightning_base.report.fairness import BY_SEED, Comparison, compare
 from lightning_base.report.labels import apart, comparison_titles, labelled, short
-from lightning_base.report.read import LeftOut, ReportError
 from lightning_base.report.tables import Table, tables
-from lightning_base.report.verify import sound_runs
 from lightning_base.report.words import WORDS
+from lightning_base.results.fairness import BY_SEED, Comparison, compare
+from lightning_base.results.read import LeftOut, ReportError
+from lightning_base.results.verify import sound_runs
 
 if TYPE_CHECKING:  # matplotlib takes a moment
     from lightning_base.report.drawing import Picture

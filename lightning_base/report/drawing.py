@@ -13,8 +13,8 @@ from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 
-from lightning_base.report.fairness import Arm
 from lightning_base.report.words import TEMPLATES
+from lightning_base.results.fairness import Arm
 
 # Colours of Okabe and Ito, which people with any kind of colour vision can tell apart, for those who meet most often;
 # of Paul Tol for the others. Markers say it once more. Blue to violet balances by prices or biases, warm and green lets

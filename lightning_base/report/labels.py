@@ -5,8 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lightning_base.report.fairness import EXECUTED, ROUTER, Arm, Comparison, setting, shared_setting, varying
-from lightning_base.report.read import flatten
+from lightning_base.results.fairness import EXECUTED, ROUTER, Arm, Comparison, setting, shared_setting, varying
+from lightning_base.results.read import flatten
 
 
 def labelled(comparison: Comparison) -> Comparison:

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lightning_base.report.fairness import EXECUTED, Arm
-from lightning_base.report.read import Run
-from lightning_base.report.statistics import margin
+from lightning_base.results.fairness import EXECUTED, Arm
+from lightning_base.results.read import Run
+from lightning_base.results.statistics import margin
 
 DASH = "–"
 Reader = Callable[[Run], float | None]

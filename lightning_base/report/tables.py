@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from lightning_base.report import answer, measures
-from lightning_base.report.fairness import Arm, Comparison, stage_of, unequal
 from lightning_base.report.measures import DASH, FOUR, THREE, TWO, Measure, cell, machine_noise, number, percent
-from lightning_base.report.statistics import interval
 from lightning_base.report.words import WORDS
+from lightning_base.results.fairness import Arm, Comparison, stage_of, unequal
+from lightning_base.results.statistics import interval
 
 
 class Strong(str):

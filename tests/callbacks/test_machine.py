@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from lightning_base.callbacks.machine import SHARE, work
-from lightning_base.report.read import read_series
+from lightning_base.results.read import read_series
 
 
 def test_the_piece_of_work_draws_nothing_and_stays_finite() -> None:

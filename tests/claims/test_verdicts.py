@@ -9,7 +9,7 @@ from lightning_base.claims.page import fill, table
 from lightning_base.claims.paper import balance, one_large_layer
 from lightning_base.claims.studies import MissingError, Studies, best, difference, loss_at, mean
 from lightning_base.claims.verdict import Verdict, above, below, every, signed, within
-from lightning_base.report.statistics import interval
+from lightning_base.results.statistics import interval
 from tests.report.hand_made_runs import write_run
 
 LOSSES = {"BASE": (5.0, 5.1, 5.2), "Switch": (4.0, 4.1, 4.3), "TopK": (4.5, 4.7, 4.6), "Hash": (5.0, 5.2, 5.1)}

@@ -10,9 +10,9 @@ from huggingface.tiny_models import by_hand
 from lightning_base.analysis.command import main as analysis
 from lightning_base.export import load
 from lightning_base.export import main as export
-from lightning_base.report.fairness import compare
-from lightning_base.report.read import read_counts
-from lightning_base.report.verify import sound_runs
+from lightning_base.results.fairness import compare
+from lightning_base.results.read import read_counts
+from lightning_base.results.verify import sound_runs
 
 LAYER = "model.layers.1.mlp"
 

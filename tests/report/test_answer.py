@@ -7,9 +7,9 @@ from hand_made_runs import edit, write_run, write_seeds
 
 from lightning_base.report.answer import all_contrasts, not_quiet
 from lightning_base.report.document import Section, build
-from lightning_base.report.fairness import Arm, Comparison, setting
-from lightning_base.report.read import Run, read_job
 from lightning_base.report.tables import Strong, Table, difference
+from lightning_base.results.fairness import Arm, Comparison, setting
+from lightning_base.results.read import Run, read_job
 
 BASE, SWITCH = (5.0, 5.2, 5.4), (4.0, 4.6, 4.9)
 

@@ -8,10 +8,10 @@ from hand_made_runs import edit, write_run, write_seeds
 
 from lightning_base.report.document import build
 from lightning_base.report.drawing import ROUTERS, router_color, styles
-from lightning_base.report.fairness import Arm
 from lightning_base.report.figures import fullest_first, pareto_front, pictures
 from lightning_base.report.measures import cost
-from lightning_base.report.read import Run, read_job
+from lightning_base.results.fairness import Arm
+from lightning_base.results.read import Run, read_job
 
 
 def read(path: Path) -> Run:

@@ -6,7 +6,7 @@ import statistics
 
 import pytest
 
-from lightning_base.report.statistics import holm, interval
+from lightning_base.results.statistics import holm, interval
 
 
 def test_the_interval_is_the_one_of_the_t_table() -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_base.program.run_directory import RunDirectory, read_json
-from lightning_base.report.read import LeftOut, ReportError, Run, flatten, printable, read_job
+from lightning_base.results.read import LeftOut, ReportError, Run, flatten, printable, read_job
 
 PARTS = {"config": dict, "packages": dict, "result": dict, "ledger": dict, "device": str}
 AMOUNTS = ("num_experts", "top_k", "parameters", "active_parameters", "flops_per_token")

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from lightning_base.program.run_directory import EXECUTION, under
-from lightning_base.report.read import Run, flatten
+from lightning_base.results.read import Run, flatten
 
 # Of the manifest, what has to agree beside the configuration: the last are the checkpoint that a run started from, and
 # what the configuration file of a model of transformers said.
