@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         write(DOCS / "performance.md", json.loads(given.json.read_text()), others)
         BASELINE.write_text(given.json.read_text())
         return 0
-    result = run(given.subject, given.form, compiled=given.compile, keep_memory=given.keep_memory)
+    result = run(given.subject, given.form, compiled=given.compile, keep_memory=given.keep_memory, sizes=given.sizes)
     print(table.whole(result["records"]))
     if given.json is not None:
         given.json.parent.mkdir(parents=True, exist_ok=True)
@@ -72,6 +72,9 @@ def parser() -> argparse.ArgumentParser:
     ):
         forms.add_argument(f"--{form}", dest="form", action="store_const", const=form, default="full", help=tells)
     asked.add_argument("--compile", action="store_true", help="layer and step: also through torch.compile")
+    asked.add_argument(
+        "--sizes", type=size, nargs="+", default=[], metavar="TxDxE", help="layer: these instead of those of the form"
+    )
     asked.add_argument("--keep-memory", action="store_true", help="layer: freed memory is kept, as in training runs")
     asked.add_argument("--check", action="store_true", help=f"compare the ratios with {BASELINE.name}")
     asked.add_argument("--json", type=Path, help="keep the records here; `page` makes page and baseline from them")
@@ -82,7 +85,17 @@ def parser() -> argparse.ArgumentParser:
     return asked
 
 
-def run(subject: str, form: Form, *, compiled: bool, keep_memory: bool = False) -> dict[str, Any]:
+def size(text: str) -> layer.Size:
+    """``2048x128x8``: tokens, width and experts."""
+    T, D, E = map(int, text.split("x"))
+    if min(T, D, E) < 1 or T % E or T % 1024:
+        raise ValueError(text)
+    return T, D, E
+
+
+def run(
+    subject: str, form: Form, *, compiled: bool, keep_memory: bool = False, sizes: Sequence[layer.Size] = ()
+) -> dict[str, Any]:
     """The records of one subject or of all, and of what machine they are."""
     names = [subject] if subject != "all" else list(SHORTEST) if form == "shortest" else list(SUBJECTS)
     before = machine()
@@ -93,7 +106,8 @@ def run(subject: str, form: Form, *, compiled: bool, keep_memory: bool = False) 
         torch.set_num_threads(before["cores"])
         if name != "layer" or keep_memory:
             train.keep_freed_memory()  # as the program runs; a layer alone is measured as in anyone's program
-        records += SUBJECTS[name].records(form, compiled)
+        own = {"sizes": sizes} if name == "layer" and sizes else {}
+        records += SUBJECTS[name].records(form, compiled, **own)
         print(f"{name}: {time.time() - began:.0f} s since the start", file=sys.stderr)
     after = {"load_average_after": machine()["load_average"]}
     return {

@@ -31,7 +31,8 @@ from lightning_base.benchmark.record import Form, Record, ratio_record
 from lightning_base.benchmark.timing import Seconds, interleaved
 from lightning_base.moe.stopwatch import Stopwatch
 
-SHORTEST = [(2048, 128, 8)]
+Size = tuple[int, int, int]
+SHORTEST: list[Size] = [(2048, 128, 8)]
 MEMORY_ROUNDS = 3
 SLOW_EVERY = 5  # rounds for one of an arm that takes several times as long as most
 QUICK = [*SHORTEST, (2048, 512, 8), (4096, 256, 32), (8192, 256, 64)]
@@ -46,12 +47,18 @@ FULL = [
 ]
 
 
-def records(form: Form, through_compiler: bool) -> list[Record]:
-    """Ratios to the floor, to dense and to the fastest peer; phases, memory and the roofline."""
+def records(form: Form, through_compiler: bool, sizes: Sequence[Size] = ()) -> list[Record]:
+    """Ratios to the floor, to dense and to the fastest peer; phases, memory and the roofline.
+
+    Args:
+        form: how many rounds, and which sizes.
+        through_compiler: whether every arm of ours is also measured compiled.
+        sizes: T, D and E on the CPU, instead of those of the form.
+    """
     check_peers()
     found: list[Record] = []
     rounds, seconds = {"full": (21, 150.0), "quick": (11, 80.0), "shortest": (7, 15.0)}[form]
-    for setting in settings(form):
+    for setting in [Setting(*size) for size in sizes] or settings(form):
         found += measure(setting, rounds, seconds, through_compiler)
     return found
 

@@ -8,6 +8,7 @@ import pytest
 
 from lightning_base.benchmark import ledger, timing
 from lightning_base.benchmark.check import missing, regressions
+from lightning_base.benchmark.command import parser
 from lightning_base.benchmark.page import write
 from lightning_base.benchmark.record import Record, ratio_record, reached
 from lightning_base.benchmark.table import whole
@@ -131,3 +132,11 @@ def test_a_page_is_filled_from_the_records(tmp_path: Path) -> None:
     page.write_text("<!-- begin nothing --> <!-- end nothing -->")
     with pytest.raises(ValueError, match="asks for nothing, which was not measured"):
         write(page, {"machine": machine, "form": "quick", "records": records})
+
+
+@pytest.mark.parametrize("text", ["2048x128", "2048x128x7", "100x128x4", "0x128x1", "axbxc"])
+def test_a_size_that_is_none_is_refused(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert parser().parse_args(["layer", "--sizes", "2048x128x8", "4096x64x4"]).sizes == [(2048, 128, 8), (4096, 64, 4)]
+    with pytest.raises(SystemExit):
+        parser().parse_args(["layer", "--sizes", text])
+    assert "invalid size" in capsys.readouterr().err
