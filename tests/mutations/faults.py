@@ -245,8 +245,8 @@ FAULTS = [
     Fault(
         "the newest checkpoint is used unseen",
         "program/resume.py",
-        "        reason = verify(path)\n",
-        "        reason = None\n",
+        "    if problem:\n        return {}, problem\n",
+        "",
         "faults/test_interruption.py -k damaged",
     ),
     Fault(
@@ -273,7 +273,7 @@ FAULTS = [
     Fault(
         "rows written since a checkpoint stay",
         "program/run_directory.py",
-        "os.truncate(path, sizes[path.name])",
+        "os.truncate(path, sizes[name])",
         "pass",
         "faults/test_kills_within_a_run.py -k no_row",
     ),
@@ -371,20 +371,20 @@ FAULTS = [
     Fault(
         "the report ranks arms that look ahead",
         "report/answer.py",
-        "by_seed(arm, read) if arm.causal else {}",
-        "by_seed(arm, read)",
+        " and arm is not other and arm.causal and other.causal:",
+        " and arm is not other:",
         "report/test_answer.py",
     ),
     Fault(
         "the report forgets how many arms it compares",
         "report/answer.py",
-        "iter(holm([contrast.interval.p for contrast in found if contrast.interval.known]))",
-        "iter([contrast.interval.p for contrast in found if contrast.interval.known])",
+        "corrected = holm([contrast.interval.p for contrast in found])",
+        "corrected = [contrast.interval.p for contrast in found]",
         "report/test_answer.py",
     ),
     Fault(
         "the report compares runs on other batches",
-        "report/fairness.py",
+        "results/fairness.py",
         'BY_SEED = ("batch_fingerprint", "initial_weights_fingerprint")',
         'BY_SEED = ("initial_weights_fingerprint",)',
         "report/test_fairness.py",
@@ -487,5 +487,19 @@ FAULTS = [
         'if node.get("when", True):',
         "if True:",
         "test_training.py test_debug.py test_plugins.py test_run_directories.py",
+    ),
+    Fault(
+        "memory that a tensor lies in is handed out again",
+        "moe/memory.py",
+        "weakref.finalize(array, self._come_back, block).atexit = False",
+        "self._come_back(block)",
+        "moe/test_memory.py",
+    ),
+    Fault(
+        "memory that nobody uses piles up",
+        "moe/memory.py",
+        "while self._free and self._used + self.free + size > self._most:",
+        "while False:",
+        "moe/test_memory.py",
     ),
 ]
