@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from lightning_base.moe.experts import Experts
@@ -17,6 +17,7 @@ MILLION = 2**18  # of float32 values make a mebibyte
 ACTIONS = st.lists(st.one_of(st.integers(1, 6 * MILLION), st.floats(0, 0.999)), max_size=40)
 
 
+@example([2 * MILLION, 0.0, 7 * MILLION // 2, 0.0, 6 * MILLION])  # each too large for the block before
 @given(ACTIONS)
 def test_no_two_tensors_share_memory_and_no_more_is_kept_than_was_in_use_at_once(actions: list[int | float]) -> None:
     memory = KeptMemory()

@@ -247,7 +247,7 @@ FAULTS = [
         "program/resume.py",
         "    if problem:\n        return {}, problem\n",
         "",
-        "faults/test_interruption.py -k damaged",
+        "faults/test_checkpoints_that_cannot_be_used.py",
     ),
     Fault(
         "a damaged checkpoint is loaded",
