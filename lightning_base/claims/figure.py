@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from lightning_base.claims.inside import SCALES
 from lightning_base.claims.studies import NAMES, MissingError, Studies, difference, final_loss, loss_at, mean
-from lightning_base.claims.why import LENGTHS
+from lightning_base.claims.why import LENGTHS, routers_of
 from lightning_base.report.drawing import ROUTERS
 from lightning_base.results.statistics import Interval
 
@@ -64,8 +64,8 @@ def by_scale(axes: Axes, studies: Studies) -> None:
 
 def along_a_run(axes: Axes, studies: Studies) -> None:
     """Differences from dense along a run ten times as long."""
-    arms = {router: studies.arm("length", router) for router in ("Dense", "GatedDense", "BASE", "Switch")}
-    for router in ("GatedDense", "BASE", "Switch"):
+    arms = {router: studies.arm("length", router) for router in routers_of(studies, "length")}
+    for router in (router for router in arms if router != "Dense"):
         found = [difference(arms[router], arms["Dense"], loss_at(step)) for step in LENGTHS]
         color, marker = ROUTERS[router]
         axes.plot(LENGTHS, [gap.mean for gap in found], color=color, marker=marker, label=NAMES[router])

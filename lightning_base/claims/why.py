@@ -184,6 +184,7 @@ def longer(studies: Studies) -> Rows:
         ("base", "dense"),
         ("base", "gated_dense"),
         ("base", "switch"),
+        ("base", "hash"),
     ]
     pairs = [pair for pair in pairs if set(pair) <= arms.keys()]
     rows: Rows = [["step", "dense", *(f"{one} minus {other}" for one, other in pairs)]]
