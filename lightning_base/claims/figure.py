@@ -68,11 +68,12 @@ def along_a_run(axes: Axes, studies: Studies) -> None:
     for router in (router for router in arms if router != "Dense"):
         found = [difference(arms[router], arms["Dense"], loss_at(step)) for step in LENGTHS]
         color, marker = ROUTERS[router]
-        axes.plot(LENGTHS, [gap.mean for gap in found], color=color, marker=marker, label=NAMES[router])
-        axes.fill_between(LENGTHS, [gap.low for gap in found], [gap.high for gap in found], color=color, alpha=0.15)
+        axes.plot(LENGTHS, [gap.mean for gap in found], color=color, marker=marker)
+        axes.fill_between(LENGTHS, [gap.low for gap in found], [gap.high for gap in found], color=color, alpha=0.08)
+        end = (LENGTHS[-1], found[-1].mean)
+        axes.annotate(NAMES[router], end, (8, 0), textcoords="offset points", color=color, va="center")
     axes.axhline(0, color="black", linewidth=0.8)
-    axes.set(xlabel="step", ylabel="loss minus dense", title="Ten times as long")
-    axes.legend(frameon=False)
+    axes.set(xlabel="step", ylabel="loss minus dense", title="Ten times as long", xlim=(0, 1.3 * LENGTHS[-1]))
 
 
 def bars(found: Sequence[Interval]) -> np.ndarray:
