@@ -86,10 +86,7 @@ def problems(run: Run) -> list[str]:
         if malformed := list(check_form(run.manifest)):
             return malformed
         sealed = run.status.get("manifest_sha256") == RunDirectory(run.path).seal()
-        broken = (
-            "manifest.json is not what it was when the run ended: its SHA-256 is not manifest_sha256 in status.json"
-        )
-        return [broken] * (not sealed) + [
+        return [BROKEN] * (not sealed) + [
             f"{name} is {here!r} {said.format(there)}"
             for check in (check_config, check_ledger, check_totals, check_result, check_counts, check_balance)
             for name, here, there, said in check(run)
