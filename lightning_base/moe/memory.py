@@ -1,8 +1,8 @@
 """Large arrays on a CPU whose memory is used again.
 
 What a layer frees after a step, the C library gives back to the kernel, which clears it page by page when the next step
-asks for it. A virtual machine may have returned it to its host meanwhile, and has to ask there too: every second or
-third backward pass took two to five times as long.
+asks for it. A virtual machine may have returned it to its host meanwhile, and has to ask there too: a backward pass
+in four took longer, the slowest up to six times as long as most.
 """
 
 import math
