@@ -132,21 +132,32 @@ def test_shares_of_the_vocabulary_agree_with_a_recount(analysed: tuple[Path, Rec
 
 def test_what_experts_attract_agrees_with_a_recount(analysed: tuple[Path, Recount, dict[int, Chosen]]) -> None:
     folder, recount, steps = analysed
-    rows = table(folder, "attracted")
-    assert {row["kind"] for row in rows} == {"token", "preceding"}
-    for (layer, expert, kind), found in itertools.groupby(rows, lambda row: (row["layer"], row["expert"], row["kind"])):
-        labels = recount.token if kind == "token" else recount.before
-        known = [(x, e) for x, e in zip(labels, steps[4][layer], strict=True) if x is not None]
-        in_text = Counter(x for x, _ in known)
-        at_expert = Counter(x for x, experts in known if int(expert) in experts)
-        lifts = {x: (at_expert[x] / at_expert.total()) / (n / len(known)) for x, n in in_text.items() if n >= 10}
-        attracted = sorted((value for value in lifts.values() if value > 1), reverse=True)
-        found = list(found)
-        assert [float(row["lift"]) for row in found] == pytest.approx(attracted[:25])
-        for row in found:
-            assert float(row["lift"]) == pytest.approx(lifts[int(row["token_id"])])
-            assert int(row["tokens"]) == in_text[int(row["token_id"])]
-            assert int(row["assignments"]) == at_expert[int(row["token_id"])]
+    # An expert that takes everything attracts nothing, and of such experts alone there is no table.
+    rows = table(folder, "attracted") if (folder / "attracted.csv").exists() else []
+    listed = {
+        key: list(found) for key, found in itertools.groupby(rows, lambda r: (r["layer"], r["expert"], r["kind"]))
+    }
+    recounted = {}
+    for layer, chosen in steps[4].items():
+        for expert, (kind, labels) in itertools.product(
+            range(8), {"token": recount.token, "preceding": recount.before}.items()
+        ):
+            known = [(x, e) for x, e in zip(labels, chosen, strict=True) if x is not None]
+            in_text = Counter(x for x, _ in known)
+            at_expert = Counter(x for x, experts in known if expert in experts)
+            total = at_expert.total()
+            lifts = {x: (at_expert[x] / total) / (n / len(known)) for x, n in in_text.items() if n >= 10 and total}
+            attracted = sorted((value for value in lifts.values() if value > 1), reverse=True)
+            if attracted:
+                found = listed.get((layer, str(expert), kind), [])
+                recounted[layer, str(expert), kind] = found
+                assert [float(row["lift"]) for row in found] == pytest.approx(attracted[:25])
+                for row in found:
+                    assert float(row["lift"]) == pytest.approx(lifts[int(row["token_id"])])
+                    assert int(row["tokens"]) == in_text[int(row["token_id"])]
+                    assert int(row["assignments"]) == at_expert[int(row["token_id"])]
+    assert listed == recounted
+    assert listed or all(len(set(chosen)) == 1 for chosen in steps[4].values())
 
 
 def test_pairs_of_experts_agree_with_a_recount(analysed: tuple[Path, Recount, dict[int, Chosen]]) -> None:
