@@ -3,6 +3,8 @@
 import difflib
 import importlib
 import inspect
+import sys
+import traceback
 import types
 import typing
 from collections.abc import Mapping
@@ -29,6 +31,19 @@ def require(holds: bool, key: str, value: object, accepted: str) -> None:
     """Raises ConfigError in the one form all range errors have."""
     if not holds:
         raise ConfigError(f"{key}={value} is out of range: {accepted}")
+
+
+def raised(error: BaseException, file: str | None) -> str:
+    """What an error of somebody's own code says in one line, with the line of ``file`` it came from."""
+    theirs = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+    where = f" (line {theirs[-1].lineno} of {theirs[-1].filename})" if theirs else ""
+    said = f"it raised {type(error).__name__}: {one_line(error) or 'without a message'}{where}"
+    return "; ".join([said, *getattr(error, "__notes__", ())])
+
+
+def one_line(error: BaseException) -> str:
+    """The message of an error, whatever lines its author has broken it into."""
+    return " ".join(str(error).split())
 
 
 def trust(name: str) -> None:
@@ -58,7 +73,7 @@ def resolve(target: str, key: str, base: type) -> type:
     except (ImportError, AttributeError) as error:
         raise ConfigError(f"{key}._target_={target} does not exist: {error}") from error
     except (Exception, SystemExit) as error:  # whatever its author has written
-        message = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        message = f"{type(error).__name__}: {one_line(error)}"
         raise ConfigError(f"{key}._target_={target} cannot be imported ({message}): mend it first") from error
     package = target.partition(".")[0]
     if home is not None and not f"{getattr(found, '__module__', '')}.".startswith(f"{package}."):
@@ -83,15 +98,23 @@ def instantiate(node: object, key: str, base: type, **given: Any) -> Any:
         ConfigError: one sentence for whatever is wrong.
     """
     found, arguments = check_node(node, key, base, hidden=set(given))
-    parameters = inspect.signature(found).parameters
-    if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
-        given = {name: value for name, value in given.items() if name in parameters}
     try:
-        return found(**arguments, **given)
+        return construct(found, arguments, given)
     except ConfigError:
         raise
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
+    except (Exception, SystemExit) as error:  # whatever its author has written
+        if isinstance(error, ValueError) and str(error).strip():
+            raise ConfigError(one_line(error)) from error
+        file = getattr(sys.modules.get(found.__module__), "__file__", None)
+        target = f"{found.__module__}.{found.__qualname__}"
+        raise ConfigError(f"{key}._target_={target} cannot be built: {raised(error, file)}") from error
+
+
+def construct(found: type, arguments: Mapping[str, Any], given: Mapping[str, Any]) -> Any:
+    """An object of a class, of its options and of what it takes of ``given``; raises whatever its ``__init__`` does."""
+    parameters = inspect.signature(found).parameters
+    takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    return found(**arguments, **{name: value for name, value in given.items() if takes_all or name in parameters})
 
 
 def check_node(node: object, key: str, base: type, hidden: set[str]) -> tuple[type, dict[str, Any]]:
@@ -115,7 +138,7 @@ def check_node(node: object, key: str, base: type, hidden: set[str]) -> tuple[ty
 def check_arguments(arguments: Mapping[str, Any], found: type, key: str, hidden: set[str]) -> dict[str, Any]:
     """The arguments as ``found`` takes them; ConfigError for one that it does not take, lacks, or wants otherwise."""
     parameters = {n: p for n, p in inspect.signature(found).parameters.items() if n not in hidden}
-    hints = typing.get_type_hints(found.__init__)  # type: ignore[misc]
+    hints = annotations(found)
     taken = dict(arguments)
     prefix = f"{key}." if key else ""
     refused: Mapping[str, str] = getattr(found, "refused_options", {})
@@ -126,7 +149,10 @@ def check_arguments(arguments: Mapping[str, Any], found: type, key: str, hidden:
             owner = found.__name__ if key else "the configuration"
             raise ConfigError(f"{prefix}{name} is not an option of {owner}{did_you_mean(str(name), parameters)}")
         hint = hints.get(name, Any)
-        if not fits(value, hint):
+        default = parameters[name].default
+        if not (fits(value, hint) or (type(value) is type(default) and value == default)):
+            if value is None:
+                raise ConfigError(f"{prefix}{name}=null has to be given: {describe(hint)}")
             raise ConfigError(f"{prefix}{name}={value!r} should be {describe(hint)}")
         kinds = (hint, *typing.get_args(hint))
         if type(value) is int and float in kinds and int not in kinds:
@@ -135,6 +161,23 @@ def check_arguments(arguments: Mapping[str, Any], found: type, key: str, hidden:
     if missing:
         raise ConfigError(f"{prefix}{missing[0]} is missing: {found.__name__} needs it")
     return taken
+
+
+def annotations(found: type) -> dict[str, Any]:
+    """What the arguments of a class are annotated with; Any where that cannot be evaluated here."""
+    init = found.__init__  # type: ignore[misc]
+    try:
+        return typing.get_type_hints(init)
+    except Exception:  # whatever an annotation is when it is evaluated
+        return {name: _annotation(name, written, init) for name, written in init.__annotations__.items()}
+
+
+def _annotation(name: str, written: Any, init: Any) -> Any:
+    alone = types.SimpleNamespace(__annotations__={name: written})
+    try:
+        return typing.get_type_hints(alone, getattr(init, "__globals__", {}))[name]
+    except Exception:
+        return Any
 
 
 def plain_defaults(found: type) -> dict[str, Any]:
@@ -179,6 +222,8 @@ def describe(hint: Any) -> str:
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", type(None): "null"}
     if hint in names:
         return names[hint]
+    if typing.get_origin(hint) is dict:
+        return "a group of options"
     arguments = typing.get_args(hint)
     if typing.get_origin(hint) is typing.Literal:
         return " or ".join(map(str, arguments))

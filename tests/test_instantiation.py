@@ -163,7 +163,7 @@ def test_an_option_whose_name_is_no_text_is_refused() -> None:
         ({"num_experts": "8"}, "router.num_experts='8' should be a whole number"),
         ({"num_experts": 8.0}, "router.num_experts=8.0 should be a whole number"),
         ({"num_experts": True}, "router.num_experts=True should be a whole number"),
-        ({"num_experts": None}, "router.num_experts=None should be a whole number"),
+        ({"num_experts": None}, "router.num_experts=null has to be given: a whole number"),
         ({"capacity_factor": "high"}, "router.capacity_factor='high' should be a number or null"),
         ({"capacity_factor": True}, "router.capacity_factor=True should be a number or null"),
         ({"capacity_factor": [1.0]}, "router.capacity_factor=[1.0] should be a number or null"),
@@ -232,6 +232,25 @@ def test_values_of_the_right_type_are_taken_as_they_are(options: dict) -> None:
     assert check_arguments(options, Example, "example", hidden=set()) == options
 
 
+class Loosely:
+    """One whose annotations nobody can evaluate, or that say less than its defaults."""
+
+    def __init__(
+        self,
+        *,
+        name: str = None,  # type: ignore[assignment] # noqa: RUF013
+        bias: "Nowhere" = None,  # type: ignore[name-defined]
+        number: int = 1,
+    ) -> None: ...
+
+
+def test_a_default_always_fits_and_an_annotation_that_cannot_be_evaluated_takes_anything() -> None:
+    for options in ({"name": None}, {"bias": None}, {"bias": 3}):
+        assert check_arguments(options, Loosely, "loosely", hidden=set()) == options
+    with pytest.raises(ConfigError, match=r"^loosely\.number='x' should be a whole number$"):
+        check_arguments({"number": "x"}, Loosely, "loosely", hidden=set())
+
+
 @pytest.mark.parametrize(
     ("options", "wanted"),
     [
@@ -240,6 +259,7 @@ def test_values_of_the_right_type_are_taken_as_they_are(options: dict) -> None:
         ({"layers": "all"}, "every_other or a whole number or a list of a whole number"),
         ({"layers": [1, "2"]}, "every_other or a whole number or a list of a whole number"),
         ({"layers": True}, "every_other or a whole number or a list of a whole number"),
+        ({"rates": 3}, "a group of options or null"),
         ({"on": 1}, "true or false"),
         ({"on": "yes"}, "true or false"),
     ],

@@ -1,12 +1,12 @@
 """What a check of routers is, and what can come of asking one."""
 
 import inspect
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from unittest import SkipTest
 
 from lightning_base.check_router.subject import Subject
+from lightning_base.instantiation import raised
 
 
 class Broken(AssertionError):  # noqa: N818 - it reads as a verdict
@@ -58,14 +58,5 @@ def outcome(asked: Check, subject: Subject) -> Outcome:
     except Broken as broken:
         return Outcome("broken", str(broken))
     except Exception as error:  # whatever its author has written
-        return Outcome("broken", raised(error, subject))
+        return Outcome("broken", raised(error, subject.file))
     return Outcome("ok")
-
-
-def raised(error: BaseException, subject: Subject) -> str:
-    """The sentence for an error of the router's own, with the line of its file."""
-    frames = traceback.extract_tb(error.__traceback__)
-    theirs = [frame for frame in frames if frame.filename == subject.file]
-    where = f" (line {theirs[-1].lineno} of {theirs[-1].filename})" if theirs else ""
-    message = " ".join(str(error).split()) or "without a message"
-    return "; ".join([f"it raised {type(error).__name__}: {message}{where}", *getattr(error, "__notes__", ())])

@@ -15,9 +15,9 @@ from rich.markup import escape
 
 from lightning_base.check_router.apart import Ended, call
 from lightning_base.check_router.asked import ALL
-from lightning_base.check_router.check import Outcome, outcome, raised
+from lightning_base.check_router.check import Outcome, outcome
 from lightning_base.check_router.subject import Subject
-from lightning_base.instantiation import ConfigError, did_you_mean
+from lightning_base.instantiation import ConfigError, did_you_mean, one_line, raised
 from lightning_base.program.explain import BAD_INPUT
 from lightning_base.program.plugins import declare, router_nodes
 
@@ -78,9 +78,9 @@ def prepare(name: str, options: dict[str, Any], plugins: list[str], seconds: flo
         subject = subject_of(name, options, plugins, seconds)
         subject.make()
     except ConfigError as error:
-        return str(error)
+        return one_line(error)
     except Exception as error:  # of its __init__
-        return f"{subject.target} cannot be built: {raised(error, subject)}"
+        return f"{subject.target} cannot be built: {raised(error, subject.file)}"
     return subject
 
 

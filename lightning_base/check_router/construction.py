@@ -10,7 +10,7 @@ from lightning_base.check_router.check import Broken, NotAsked, check
 from lightning_base.check_router.load import add_up
 from lightning_base.check_router.plan import well_formed
 from lightning_base.check_router.subject import Subject, groups_of, random_tokens, route, width_for
-from lightning_base.instantiation import describe
+from lightning_base.instantiation import annotations, describe
 from lightning_base.routing.router import Router
 
 OTHER_NUMBERS = (1, 2, 3, 16)
@@ -79,7 +79,7 @@ def refusals(subject: Subject) -> None:
         impossible += [("num_experts", 0), ("num_experts", -1)]
     if "top_k" in subject.parameters:
         impossible += [("top_k", 0), ("top_k", subject.router.num_experts + 1)]
-    hints = typing.get_type_hints(subject.kind.__init__)
+    hints = annotations(subject.kind)
     for name, parameter in subject.parameters.items():
         kinds = (hints.get(name), *typing.get_args(hints.get(name)))
         if float in kinds:

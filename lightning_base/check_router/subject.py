@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from lightning_base.instantiation import instantiate, resolve, trust
+from lightning_base.instantiation import ConfigError, check_node, construct, resolve, trust
 from lightning_base.model import initialize
 from lightning_base.program.plugins import NUM_EXPERTS
 from lightning_base.routing.plan import RoutingGroups, RoutingPlan
@@ -82,7 +82,11 @@ class Subject:
         asked = self.options.get("num_experts")
         width = width_for(asked) if isinstance(asked, int) else WIDTH
         with torch.random.fork_rng(devices=[]):
-            made = instantiate(node, "router", Router, width=width, vocab_size=VOCABULARY)
+            given = {"width": width, "vocab_size": VOCABULARY}
+            try:
+                made = construct(*check_node(node, "router", Router, hidden=set(given)), given)
+            except ValueError as error:  # in its own words, which a check looks at; and nothing else that it may raise
+                raise ConfigError(str(error)) from error
         assert isinstance(made, Router)
         return made
 
