@@ -41,6 +41,17 @@ class NoRouter:
     pass
 
 
+class Picky(MyRouter):
+    def __init__(self, *, num_experts: int) -> None:
+        assert num_experts == 4
+        super().__init__(num_experts=num_experts)
+
+
+class BadCallback(Callback):
+    def __init__(self):
+        raise RuntimeError("no\\nluck")
+
+
 class MyCallback(Callback):
     def __init__(self, path, clock, word="steps"):
         self.path, self.clock, self.word = path, clock, word
@@ -101,6 +112,32 @@ def test_a_sweep_over_a_router_of_ours_and_one_of_theirs(small_corpus: list[str]
     # The two packages have the same source, and no compiled file or folder name is in the hash.
     assert found["source_sha256"] == by_router["their_package.MyRouter"]["plugin"]["source_sha256"]
     assert by_router["their_package.MyRouter"]["plugin"]["version"] == "none"
+
+
+@pytest.mark.parametrize(
+    ("mistake", "sentence"),
+    [
+        (
+            ("router=switch,their_package.Picky",),
+            "router._target_=their_package.Picky cannot be built: it raised AssertionError: without a message (line ",
+        ),
+        (
+            ("router=base,switch", "+callbacks.bad._target_=their_package.BadCallback"),
+            "callbacks.bad._target_=their_package.BadCallback cannot be built: it raised RuntimeError: no luck (line ",
+        ),
+    ],
+    ids=["router", "callback"],
+)
+def test_no_arm_of_a_sweep_starts_where_an_init_of_theirs_raises(
+    mistake: tuple[str, ...], sentence: str, small_corpus: list[str], tmp_path: Path
+) -> None:
+    install(tmp_path / "site", "their_package")
+    given = ("-m", *small_corpus, "plugins=[their_package]", *mistake, f"runs_dir={tmp_path}/runs")
+    with_packages = {**program.environment(), "PYTHONPATH": f"{program.REPOSITORY}:{tmp_path / 'site'}"}
+    done = forks.run(program.command(*given), environment=with_packages)
+    (line,) = done.stderr.splitlines()
+    assert (done.returncode, line.startswith(f"error: {sentence}")) == (2, True), line
+    assert not (tmp_path / "runs").exists()
 
 
 def test_the_hash_of_a_source_changes_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,13 +8,12 @@ from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lightning_base.instantiation import ConfigError
 from lightning_base.program.config import folder_name
-from lightning_base.program.explain import BAD_INPUT, explain
+from lightning_base.program.explain import BAD_INPUT, MISTAKES, explain
 from lightning_base.program.job import STARTED, job
 from lightning_base.program.plugins import refuse_shadowed, store_routers
 from lightning_base.program.processes.launch import PREEMPTED
@@ -53,16 +52,12 @@ def main() -> None:
             task()
         if mistakes:
             raise mistakes[0]
-    except (ConfigError, HydraException, OmegaConfBaseException) as error:
+    except MISTAKES as error:
         print(f"error: {explain(error)}", file=sys.stderr)
         sys.exit(BAD_INPUT)
     except ValueError as error:
         if not str(error).startswith("No trials are completed"):
             raise  # what Optuna says when every trial has failed
-    except OSError as error:
-        # Hydra makes the directories; what goes wrong later on has been written to a status.json.
-        print(f"error: the run directory cannot be used: {error}", file=sys.stderr)
-        sys.exit(BAD_INPUT)
     except RuntimeError:
         if CheckSweep.stopped is None:
             raise

@@ -3,10 +3,13 @@
 import re
 
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
+from omegaconf.errors import OmegaConfBaseException
 
 from lightning_base.instantiation import ConfigError, did_you_mean
 from lightning_base.program.trainer_arguments import without_plus
 
+# What Hydra and OmegaConf find wrong, and what this program does: each has a sentence.
+MISTAKES = (ConfigError, HydraException, OmegaConfBaseException, OSError)
 # The exit code of whatever is wrong with the input, before anything is spent.
 BAD_INPUT = 2
 
@@ -15,6 +18,9 @@ def explain(error: Exception) -> str:
     """The mistake in one line: the key, what was given, what would do."""
     if isinstance(error, ConfigError):
         return str(error)
+    if isinstance(error, OSError) and not isinstance(error, HydraException):
+        # Hydra makes the directories; what goes wrong later on is in a status.json.
+        return f"the run directory cannot be used: {error}"
     text = str(error)
     if "raised while resolving interpolation: " in text:  # by one of our resolvers
         return _first_line(text.partition("raised while resolving interpolation: ")[2])

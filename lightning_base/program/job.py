@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
@@ -134,9 +135,10 @@ def check_run_directory(run: RunDirectory, plain: dict[str, Any]) -> bool:
             raise ConfigError(f"the run directory {path} is not empty and has no status.json of a run: {remedy}")
         state = run.status().get("state")
         if state is None:
-            run.path.mkdir(parents=True, exist_ok=True)
-            if not os.access(run.path, os.W_OK | os.X_OK):
-                raise PermissionError(f"cannot write to {path}")
+            # Not by making it: a command that is refused leaves nothing.
+            there = next(folder for folder in (run.path, *run.path.absolute().parents) if folder.exists())
+            if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+                raise PermissionError(f"cannot write to {shown(there)}")
             return True
         before = OmegaConf.to_container(OmegaConf.load(run.config)) if run.config.exists() else plain
     except (OSError, ValueError) as error:
@@ -199,6 +201,19 @@ def check_nodes(config: Config) -> None:
             f"trainer.num_nodes={config.trainer.num_nodes} needs the environment variables {', '.join(missing)}: "
             "set them on every node, or start one task on each with srun"
         )
+
+
+def check_callbacks(config: Config) -> None:
+    """Builds each callback once, for a folder that is gone afterwards: before any training, an ``__init__`` has spoken.
+
+    Raises:
+        ConfigError: of one that cannot be built.
+    """
+    from lightning_base.callbacks.clock import TrainingClock  # needs Lightning, which takes a moment
+    from lightning_base.program.build import build_callbacks
+
+    with TemporaryDirectory() as folder:
+        build_callbacks(config, RunDirectory(Path(folder)), None, TrainingClock(config.trainer.log_every_n_steps))
 
 
 def take_share(jobs_at_a_time: int, config: Config, sweep: Path) -> None:

@@ -1,4 +1,4 @@
-"""A sweep: checked whole before its first job starts, so that the last arm's mistake does not show after hours."""
+"""What is checked before the first job: the whole of a sweep, or its last arm's mistake would show after hours."""
 
 import hashlib
 import importlib.util
@@ -7,8 +7,9 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack, suppress
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any, TextIO
@@ -17,15 +18,14 @@ import psutil
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override, Transformer
-from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from lightning_base.instantiation import ConfigError
 from lightning_base.program.config import Config
-from lightning_base.program.explain import BAD_INPUT, explain
+from lightning_base.program.explain import BAD_INPUT, MISTAKES, explain
 from lightning_base.program.job import (
+    check_callbacks,
     check_nodes,
     check_run_directory,
     plain_config,
@@ -34,6 +34,7 @@ from lightning_base.program.job import (
 from lightning_base.program.processes.forked import warm_up
 from lightning_base.program.processes.launch import GRACE_SECONDS, LOOK_SECONDS, PREEMPTED, STOP_SIGNALS
 from lightning_base.program.read_config import check_devices, check_loggers, read_config
+from lightning_base.program.resume import check_resume
 from lightning_base.program.run_directory import RunDirectory, read_json, write_json
 from lightning_base.program.tree import LIVE_TABLE, RANK_ENTRY, node_rank, shown
 
@@ -42,7 +43,8 @@ EXTRAS = ("joblib", "optuna", "submitit")
 
 
 class CheckSweep(Callback):
-    """A Hydra callback: checks all jobs of a sweep before the first one starts, and notes them in sweep.json."""
+    """A Hydra callback: checks all jobs before the first one starts and anything is on the disk; notes a sweep's in
+    sweep.json."""
 
     expected: list[RunDirectory] | None = None
     # The exit code of a command that was asked to stop while worker processes run its jobs.
@@ -50,15 +52,20 @@ class CheckSweep(Callback):
     # What is on the terminal as long as jobs run; whoever began the command ends it.
     display = ExitStack()
 
+    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
+        with leaving():
+            checked, plain = check_composed(config)
+            run = RunDirectory(Path(config.hydra.run.dir).absolute())
+            if node_rank(checked) == 0 and check_run_directory(run, plain):
+                if not run.path.exists():
+                    check_resume(run, checked.resume)
+                prepare_data(checked)
+
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        # Hydra turns exceptions of callbacks into warnings; only an exit gets through.
-        # It imports what the jobs need while this process checks them.
-        warm_up(RANK_ENTRY)
-        try:
+        with leaving():
+            # It imports what the jobs need while this process checks them.
+            warm_up(RANK_ENTRY)
             self._check(config)
-        except (ConfigError, HydraException, OmegaConfBaseException) as error:
-            print(f"error: {explain(error)}", file=sys.stderr)
-            sys.exit(BAD_INPUT)
 
     def _check(self, config: DictConfig) -> None:
         check_plugins(config)
@@ -101,6 +108,19 @@ class CheckSweep(Callback):
         CheckSweep.display.enter_context(LiveTable(jobs))
 
 
+@contextmanager
+def leaving() -> Iterator[None]:
+    """Ends this process with whatever is raised within: of an exception Hydra makes a warning, and starts the jobs."""
+    try:
+        yield
+    except MISTAKES as error:
+        print(f"error: {explain(error)}", file=sys.stderr)
+        sys.exit(BAD_INPUT)
+    except Exception:
+        traceback.print_exc()
+        sys.exit(1)
+
+
 def stop_with_workers(sweep: Path) -> None:
     """Where worker processes run the jobs, a signal to this one reaches them, and it waits until their jobs have saved.
 
@@ -139,13 +159,19 @@ def check_job(config: DictConfig, overrides: Sequence[str]) -> tuple[Config, dic
     from hydra.core.global_hydra import GlobalHydra
 
     composed = GlobalHydra.instance().config_loader().load_sweep_config(config, list(overrides))
+    return *check_composed(composed), RunDirectory(Path(config.hydra.sweep.dir) / str(composed.hydra.sweep.subdir))
+
+
+def check_composed(composed: DictConfig) -> tuple[Config, dict[str, Any]]:
+    """The same of a job as Hydra has composed it."""
     HydraConfig.instance().set_config(composed)
     plain = plain_config(composed)
     checked = read_config(plain)
     check_devices(checked.trainer)
     check_loggers(checked.logger)
     check_nodes(checked)
-    return checked, plain, RunDirectory(Path(config.hydra.sweep.dir) / str(composed.hydra.sweep.subdir))
+    check_callbacks(checked)
+    return checked, plain
 
 
 def check_plugins(config: DictConfig) -> None:
