@@ -66,12 +66,13 @@ def resolve(target: str, key: str, base: type) -> type:
             f"{key}._target_={target} is not allowed: name a class of lightning_base or one of "
             f"{', '.join(ALLOWED)}, or declare its package: plugins=[{package}]"
         )
-    module_name, _, name = target.rpartition(".")
     try:
-        module = importlib.import_module(module_name)
-        found = getattr(module, name)
+        found = _imported(target)
     except (ImportError, AttributeError) as error:
-        raise ConfigError(f"{key}._target_={target} does not exist: {error}") from error
+        there = getattr(getattr(error, "obj", None), "__dict__", {})
+        kinds = [name for name, each in there.items() if _is_kind(each, base)]
+        near = did_you_mean(target.rpartition(".")[2], kinds) if kinds else ""
+        raise ConfigError(f"{key}._target_={target} does not exist: {error}{near}") from error
     except (Exception, SystemExit) as error:  # whatever its author has written
         message = f"{type(error).__name__}: {one_line(error)}"
         raise ConfigError(f"{key}._target_={target} cannot be imported ({message}): mend it first") from error
@@ -83,6 +84,22 @@ def resolve(target: str, key: str, base: type) -> type:
     if found is base:
         raise ConfigError(f"{key}._target_={target} is what every {base.__name__} has in common: name a kind of it")
     return found
+
+
+def _imported(target: str) -> Any:
+    """What a name stands for: in a module, or in a class there."""
+    home, _, name = target.rpartition(".")
+    try:
+        return getattr(importlib.import_module(home), name)
+    except ModuleNotFoundError as error:
+        owner = _imported(home) if error.name == home and "." in home else None
+        if not inspect.isclass(owner):
+            raise
+        return getattr(owner, name)
+
+
+def _is_kind(found: object, base: type) -> bool:
+    return inspect.isclass(found) and issubclass(found, base) and found is not base
 
 
 def instantiate(node: object, key: str, base: type, **given: Any) -> Any:
@@ -211,7 +228,9 @@ def fits(value: object, hint: Any) -> bool:
 
 def did_you_mean(name: str, known: Any) -> str:
     """The end of a sentence that names the nearest known names, or all."""
-    near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
+    # In letters of either size.
+    names = {each.lower(): each for each in known}
+    near = [names[each] for each in difflib.get_close_matches(name.lower(), list(names), n=3, cutoff=0.5)]
     if near:
         return f"; did you mean {' or '.join(near)}?"
     return f"; choose one of {', '.join(sorted(known)) or '(it has none)'}"

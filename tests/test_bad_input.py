@@ -4,8 +4,15 @@ from pathlib import Path
 
 import program
 import pytest
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from lightning_base.instantiation import ConfigError
+from lightning_base.program.explain import explain
+from lightning_base.program.flags import check_flags
+
+CONF = str(program.REPOSITORY / "lightning_base" / "conf")
 CASES = {
     "an unknown router": (["router=swich"], "router=swich does not exist; did you mean switch?"),
     "an unknown experiment": (
@@ -14,7 +21,7 @@ CASES = {
     ),
     "an unknown key": (
         ["trainer.max_stepz=5"],
-        "trainer.max_stepz is not a key of the configuration; did you mean max_steps?",
+        "trainer.max_stepz is not a key of the configuration; did you mean trainer.max_steps?",
     ),
     "an unknown key that is appended": (["+trainer.max_stepz=5"], "did you mean max_steps?"),
     "an argument of the Trainer without its plus": (
@@ -27,7 +34,7 @@ CASES = {
         "trainer.overfit_batches is not passed to Lightning's Trainer: Lightning would replace the loader that keeps "
         "the order of the batches: use debug=overfit",
     ),
-    "an unknown option of a router": (["router=switch", "router.capacity=2"], "did you mean capacity_factor?"),
+    "an unknown option of a router": (["router=switch", "router.capacity=2"], "did you mean router.capacity_factor?"),
     "an option of some routers of a sweep": (
         ["-m", "router=switch,top_k", "router.capacity_factor=2"],
         "router.capacity_factor is not a key of the configuration while router is BASE; choose one of gate, "
@@ -99,7 +106,31 @@ CASES = {
         "exceeds the 1024 tokens",
     ),
     "one unknown router of a sweep": (["-m", "router=uniform,swich"], "did you mean switch?"),
-    "an override that cannot be read": (["nonsense"], "nonsense"),
+    "an override that cannot be read": (["nonsense"], "nonsense has no value: write nonsense=..."),
+    "no router": (["router=null"], "router=null names none: leave it out, or ~router for a configuration without one"),
+    "a flag of somebody else's": (["--max_steps", "4"], "--max_steps is no flag: write trainer.max_steps=4"),
+    "a pickle": (["--experimental-rerun", "nope"], "--experimental-rerun reads a pickle, which is code"),
+    "a wrong value in a model of transformers": (
+        ["model=huggingface", "model.config.hidden_size=x"],
+        "model.config.hidden_size='x' should be a whole number",
+    ),
+    "no configuration of a model": (
+        ["model=huggingface", "model.config=7"],
+        "model.config=7 should be a text or a group of options",
+    ),
+    "a vocabulary that is not given": (
+        ["data=tokens", "data.corpus.files=x.npy", "data.end_of_text=3"],
+        "data.vocab_size=null has to be given: a whole number",
+    ),
+    "the name of a token that nobody can look up": (
+        ["data=tokens", "data.corpus.files=x.npy", "data.vocab_size=9", "data.end_of_text='<s>'"],
+        "data.end_of_text=<s>, which only data.tokenizer could tell the id of: give the id",
+    ),
+    "a folder of files": (
+        ["data=text", "data.corpus.files=tests/huggingface"],
+        "data.corpus.files=tests/huggingface is a folder: give its files, as tests/huggingface/",
+    ),
+    "a resume from nothing": (["resume=/nowhere"], "resume=/nowhere: the checkpoint /nowhere does not exist"),
     "a name that leaves the runs": (["name=../runs"], "name='../runs' is out of range"),
     "a sweep with a name that leaves the runs": (["-m", "router=base,switch", "name=.."], "name='..' is out of range"),
     "a text glob that matches nothing": (["data=text", "data.corpus.files=/nowhere/*.txt"], "matches no file"),
@@ -109,16 +140,72 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_one_sentence_and_exit_code_2(case: str, tmp_path: Path) -> None:
     arguments, sentence = CASES[case]
+    model = [] if "model=huggingface" in arguments else ["model=small"]
     # One of them as a user starts it, where the imports too may write a line.
     start = program.train_anew if case == "an unknown router" else program.train
-    done = start(*arguments, "debug=fast", "model=small", f"runs_dir={tmp_path}/runs", timeout=120)
+    done = start(*arguments, "debug=fast", *model, f"runs_dir={tmp_path}/runs", timeout=120)
     lines = [line for line in done.stderr.splitlines() if line.strip()]
     assert done.returncode == 2, done.stderr
     assert len(lines) == 1, done.stderr
     assert lines[0].startswith("error: ")
     assert sentence in lines[0]
-    assert not list(tmp_path.glob("runs/*/*/status.json"))
-    assert not list(tmp_path.iterdir() if "leaves the runs" in case else ())
+    assert not list(tmp_path.iterdir())
+
+
+MEANT = {
+    "trainr.max_steps=3": "trainr.max_steps is not a key of the configuration; did you mean trainer.max_steps?",
+    "max_steps=3": "max_steps is not a key of the configuration; did you mean trainer.max_steps?",
+    "data.batch_size=4": "data.batch_size is not a key of the configuration; did you mean data.global_batch?",
+    "steps=3": "steps is not a key of the configuration; did you mean callbacks.profile.steps or trainer.max_steps?",
+    "lr=3": "lr is not a key of the configuration; did you mean module.learning_rate?",
+    "~callbacks.alarm": "callbacks.alarm is not a key of the configuration; did you mean callbacks.alarms?",
+    "callbacks.alarm.dead_checks=3": "callbacks.alarm.dead_checks is not a key of the configuration; did you mean "
+    "callbacks.alarms.dead_checks?",
+    "router.capacity_factor=2": "router.capacity_factor is not a key of the configuration while router is BASE; choose "
+    "one of gate, num_experts, solver, top_k",
+    "trainer.profile_steps=3": "trainer.profile_steps is not in the configuration yet: add it with a plus, "
+    "+trainer.profile_steps=3",
+    "callbacks.alarms.dead_checks=3": "callbacks.alarms.dead_checks is not in the configuration yet: add it with a "
+    "plus, +callbacks.alarms.dead_checks=3",
+    "module.loss_coefficients.z_loss=1": "module.loss_coefficients.z_loss is not in the configuration yet: add it with "
+    "a plus, +module.loss_coefficients.z_loss=1",
+    "+trainer.max_steps=3": "trainer.max_steps is in the configuration already: leave out the plus",
+    "router=BASE": "router=BASE does not exist; did you mean base or hash?",
+    "router==switch": "router==switch has an equals sign too many: write router=switch",
+    "data.corpus.files=~/x.txt": "data.corpus.files=~/x.txt cannot be read: quote the value, "
+    "'data.corpus.files=\"~/x.txt\"'",
+    "module.betas=[1": "module.betas=[1 cannot be read: close its brackets and quotes",
+}
+
+
+@pytest.mark.parametrize("override", MEANT)
+def test_what_cannot_be_composed_names_what_was_meant(override: str) -> None:
+    with pytest.raises(HydraException) as caught, initialize_config_dir(CONF, version_base="1.3"):
+        compose("config", [override])
+    assert explain(caught.value) == MEANT[override]
+
+
+def test_a_file_that_is_no_yaml_is_named_with_its_line(tmp_path: Path) -> None:
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text("a: [1\nb: }\n")
+    done = program.train(f"--config-dir={tmp_path}", "experiment=mine", f"runs_dir={tmp_path}/runs")
+    assert done.stderr.startswith(f"error: {tmp_path}/experiment/mine.yaml is no YAML: expected ',' or ']'")
+    assert (done.returncode, done.stderr.count("\n"), done.stderr.strip()[-9:]) == (2, 1, "in line 2")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--lr=4"], "--lr is no flag: write module.learning_rate=4"),
+        (["--what"], "--what is no flag: options are written as trainer.max_steps=4, and --help shows them"),
+        (["router=base,switch", "-m", "seed=1"], "seed=1 comes too late: write flags such as -m before all that is "),
+        (["--cfg", "jub"], "the command line cannot be read: argument --cfg/-c: invalid choice: 'jub'"),
+    ],
+)
+def test_a_flag_that_there_is_not_names_the_key(arguments: list[str], sentence: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        check_flags(arguments)
+    assert str(caught.value).startswith(sentence)
 
 
 @pytest.mark.parametrize(

@@ -96,7 +96,7 @@ def test_what_only_passes_through_this_package_is_refused(target: str) -> None:
         "lightning_base.model.nn.Linear",
         "lightning_base.model.torch.hub.load",
         "lightning_base.instantiation.importlib.import_module",
-        "lightning_base.routing.switch.Switch.__init__",
+        "lightning_base.routing.switch.Switch.nothing",
         "lightning_base.routing.Swich",
         "lightning_base.nowhere.Switch",
         "lightning_base..os.system",
@@ -118,7 +118,14 @@ def test_importing_nothing_precedes_the_allow_list() -> None:
     assert done.stdout == "refused\n"
 
 
-@pytest.mark.parametrize("target", ["lightning_base.model.Transformer", "lightning_base.model.initialize"])
+@pytest.mark.parametrize(
+    "target",
+    [
+        "lightning_base.model.Transformer",
+        "lightning_base.model.initialize",
+        "lightning_base.routing.switch.Switch.__init__",
+    ],
+)
 def test_an_object_of_another_kind_is_refused(target: str) -> None:
     assert refusal(_target_=target) == f"router._target_={target} is not a Router"
 

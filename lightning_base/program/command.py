@@ -13,7 +13,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lightning_base.instantiation import ConfigError
 from lightning_base.program.config import folder_name
-from lightning_base.program.explain import BAD_INPUT, MISTAKES, explain
+from lightning_base.program.explain import BAD_INPUT, explain, is_mistake
+from lightning_base.program.flags import check_flags
 from lightning_base.program.job import STARTED, job
 from lightning_base.program.plugins import refuse_shadowed, store_routers
 from lightning_base.program.processes.launch import PREEMPTED
@@ -46,20 +47,20 @@ def main() -> None:
     CheckSweep.expected = sweep
     STARTED.clear()
     try:
+        check_flags(sys.argv[1:])
         refuse_shadowed(sys.argv[1:], CONF)
         store_routers(sys.argv[1:], [file.stem for file in (CONF / "router").glob("*.yaml")])
         with ExitStack() as CheckSweep.display:
             task()
         if mistakes:
             raise mistakes[0]
-    except MISTAKES as error:
-        print(f"error: {explain(error)}", file=sys.stderr)
-        sys.exit(BAD_INPUT)
-    except ValueError as error:
-        if not str(error).startswith("No trials are completed"):
-            raise  # what Optuna says when every trial has failed
-    except RuntimeError:
-        if CheckSweep.stopped is None:
+    except Exception as error:
+        if is_mistake(error):
+            print(f"error: {explain(error)}", file=sys.stderr)
+            sys.exit(BAD_INPUT)
+        # What Optuna says when every trial has failed, and joblib when it was told to stop.
+        failed = isinstance(error, ValueError) and str(error).startswith("No trials are completed")
+        if not failed and not (isinstance(error, RuntimeError) and CheckSweep.stopped is not None):
             raise
     except KeyboardInterrupt:
         print("interrupted; what is done stays done, and the same command goes on from there", file=sys.stderr)

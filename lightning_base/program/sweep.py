@@ -23,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from lightning_base.instantiation import ConfigError
 from lightning_base.program.config import Config
-from lightning_base.program.explain import BAD_INPUT, MISTAKES, explain
+from lightning_base.program.explain import BAD_INPUT, explain, is_mistake
 from lightning_base.program.job import (
     check_callbacks,
     check_nodes,
@@ -56,9 +56,7 @@ class CheckSweep(Callback):
         with leaving():
             checked, plain = check_composed(config)
             run = RunDirectory(Path(config.hydra.run.dir).absolute())
-            if node_rank(checked) == 0 and check_run_directory(run, plain):
-                if not run.path.exists():
-                    check_resume(run, checked.resume)
+            if node_rank(checked) == 0 and check_place(run, checked, plain):
                 prepare_data(checked)
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
@@ -84,7 +82,7 @@ class CheckSweep(Callback):
         for overrides in combinations:
             checked, plain, run = check_job(config, overrides)
             if node_rank(checked) == 0:
-                check_run_directory(run, plain)
+                check_place(run, checked, plain)
             if run in jobs:
                 raise ConfigError(f"two jobs of the sweep would share {shown(run.path)}: let hydra.sweep.subdir differ")
             jobs.append(run)
@@ -113,10 +111,10 @@ def leaving() -> Iterator[None]:
     """Ends this process with whatever is raised within: of an exception Hydra makes a warning, and starts the jobs."""
     try:
         yield
-    except MISTAKES as error:
-        print(f"error: {explain(error)}", file=sys.stderr)
-        sys.exit(BAD_INPUT)
-    except Exception:
+    except Exception as error:
+        if is_mistake(error):
+            print(f"error: {explain(error)}", file=sys.stderr)
+            sys.exit(BAD_INPUT)
         traceback.print_exc()
         sys.exit(1)
 
@@ -172,6 +170,13 @@ def check_composed(composed: DictConfig) -> tuple[Config, dict[str, Any]]:
     check_nodes(checked)
     check_callbacks(checked)
     return checked, plain
+
+
+def check_place(run: RunDirectory, config: Config, plain: dict[str, Any]) -> bool:
+    """Whether there is anything left to do in a directory; ConfigError if that cannot be."""
+    if not run.path.exists():
+        check_resume(run, config.resume)
+    return check_run_directory(run, plain)
 
 
 def check_plugins(config: DictConfig) -> None:
