@@ -30,6 +30,11 @@ def find_files(
     for pattern in [files] if isinstance(files, str) else [str(pattern) for pattern in files]:
         paths = [Path(match) for match in glob.glob(os.path.expanduser(pattern), recursive=True)]
         matches = [path for path in paths if path.is_file() and not (besides and path.name.endswith(besides))]
+        folder = Path(pattern).expanduser()
+        if not matches and folder.is_dir():
+            globs = [f"{folders}*{suffix}" for folders in ("", "*/") for suffix in suffixes]
+            there = next((one for one in globs if any(folder.glob(one))), f"*{suffixes[0]}")
+            raise CorpusError(f"{FILES_KEY}={pattern} is a folder: give its files, as {folder}/{there}")
         if not matches:
             raise CorpusError(
                 f"{FILES_KEY}={pattern} matches no file from {Path.cwd()}: give the path or glob of "

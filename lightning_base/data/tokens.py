@@ -57,7 +57,7 @@ class TokenFiles:
         if index is not None and not index.startswith((".", "_", "-")):
             raise CorpusError(f"{INDEX_KEY}={index} is no ending of a file's name: give one such as .idx")
         if not isinstance(end_of_text, int):
-            raise needs_end_of_text()
+            raise needs_end_of_text(end_of_text)
         self.files = files
         self.dtype = dtype
         self.index = index

@@ -128,9 +128,14 @@ def named_token(tokenizer: Tokenizer, path: Path, name: str | int | None) -> int
     raise CorpusError(f"{looked_for}: name the token that ends a document there, {choices}, or its id.")
 
 
-def needs_end_of_text() -> CorpusError:
-    """The error for token ids of which nobody has said how a document ends."""
+def needs_end_of_text(given: str | None = None) -> CorpusError:
+    """The error for token ids of which nobody has said how a document ends, or by a name that nobody can look up."""
+    why = (
+        "and token ids do not say which of them ends a document"
+        if given is None
+        else f"which only {TOKENIZER_KEY} could tell the id of"
+    )
     return CorpusError(
-        f"{END_KEY}=null, and token ids do not say which of them ends a document: give the id, such as 50256 for "
-        f"GPT-2's, or {TOKENIZER_KEY}."
+        f"{END_KEY}={'null' if given is None else given}, {why}: give the id, such as 50256 for GPT-2's, or "
+        f"{TOKENIZER_KEY}."
     )

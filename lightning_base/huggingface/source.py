@@ -71,7 +71,10 @@ def read_config(source: str | Mapping[str, Any], vocab_size: int | None = None) 
         if "drop" in key and isinstance(value, int | float) and value:
             setattr(config, key, type(value)(0))
     for needed in ("hidden_size", "vocab_size"):
-        if not isinstance(getattr(config, needed, None), int):
+        value = getattr(config, needed, None)
+        if value is not None and not isinstance(value, int):
+            raise ConfigError(f"model.config.{needed}={value!r} should be a whole number")
+        if value is None:
             raise ConfigError(
                 f"model.config of {kind} has no {needed} of its own, as a model of several parts: name its text part, "
                 f"as {kind}_text"
