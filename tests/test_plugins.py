@@ -6,11 +6,16 @@ from pathlib import Path
 import forks
 import program
 import pytest
+from hydra.core.config_store import ConfigStore
+from hydra.errors import MissingConfigException
 
 from lightning_base.instantiation import ConfigError
 from lightning_base.program import plugins
+from lightning_base.program.explain import explain
 
 SOURCE = '''
+from dataclasses import replace
+
 import torch
 from pytorch_lightning import Callback
 from lightning_base import Router, RoutingPlan
@@ -39,6 +44,26 @@ class MyRouter(Router):
 
 class NoRouter:
     pass
+
+
+class Outer:
+    class Inner(MyRouter):
+        pass
+
+
+class NoForward(Router):
+    def __init__(self, *, num_experts: int) -> None:
+        super().__init__(num_experts=num_experts)
+
+
+class Pair(NoForward):
+    def forward(self, tokens, token_ids, groups):
+        return tokens, token_ids
+
+
+class Beyond(MyRouter):
+    def forward(self, tokens, token_ids, groups):
+        return replace(super().forward(tokens, token_ids, groups), expert_index=token_ids * 0 + 99)
 
 
 class Picky(MyRouter):
@@ -125,8 +150,12 @@ def test_a_sweep_over_a_router_of_ours_and_one_of_theirs(small_corpus: list[str]
             ("router=base,switch", "+callbacks.bad._target_=their_package.BadCallback"),
             "callbacks.bad._target_=their_package.BadCallback cannot be built: it raised RuntimeError: no luck (line ",
         ),
+        (
+            ("router=switch,their_package.NoForward",),
+            "router._target_=their_package.NoForward has no forward of its own: define one that gives a RoutingPlan",
+        ),
     ],
-    ids=["router", "callback"],
+    ids=["router", "callback", "forward"],
 )
 def test_no_arm_of_a_sweep_starts_where_an_init_of_theirs_raises(
     mistake: tuple[str, ...], sentence: str, small_corpus: list[str], tmp_path: Path
@@ -138,6 +167,17 @@ def test_no_arm_of_a_sweep_starts_where_an_init_of_theirs_raises(
     (line,) = done.stderr.splitlines()
     assert (done.returncode, line.startswith(f"error: {sentence}")) == (2, True), line
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_plan_that_is_none_names_the_router(small_corpus: list[str], tmp_path: Path) -> None:
+    install(tmp_path / "site", "their_package")
+    routers = "router=their_package.Pair,their_package.Beyond"
+    given = ("-m", *small_corpus, "plugins=[their_package]", routers, f"runs_dir={tmp_path}/runs")
+    with_packages = {**program.environment(), "PYTHONPATH": f"{program.REPOSITORY}:{tmp_path / 'site'}"}
+    done = forks.run(program.command(*given), environment=with_packages)
+    pair, beyond = done.stderr.splitlines()[-2:]
+    assert pair.endswith("TypeError: Pair.forward gave a tuple, and not a RoutingPlan")
+    assert beyond.endswith("(Beyond.forward gave expert_index=99: experts are numbered from 0 to 7)")
 
 
 def test_the_hash_of_a_source_changes_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,7 +220,10 @@ MISTAKES = {
         ["plugins=[declared_package]", "router=declared_package.RoutingPlan"],
         "it only passes through declared_package",
     ),
-    "no such class": (["plugins=[declared_package]", "router=declared_package.MyRoute"], "does not exist"),
+    "no such class": (
+        ["plugins=[declared_package]", "router=declared_package.MyRoute"],
+        "has no attribute 'MyRoute'; did you mean MyRouter?",
+    ),
 }
 
 
@@ -191,6 +234,21 @@ def test_a_router_that_cannot_be_used_is_refused(case: str, site: Path) -> None:
         plugins.store_routers(arguments, ["base"])
     assert sentence in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_an_installed_router_is_a_choice_and_may_be_a_class_within_a_class(site: Path) -> None:
+    install(site, "declared_package_too", "mine = declared_package_too:Outer.Inner\nhalf")
+    points = site / "declared_package_too-1.2.dist-info" / "entry_points.txt"
+    points.write_text(points.read_text().replace(":MyRouter", ""))
+    plugins.store_routers(["router=mine"], ["base"])
+    stored = ConfigStore.instance().load("router/mine.yaml").node
+    assert stored == {"_target_": "declared_package_too.Outer.Inner", "num_experts": 8, "offset": 1}
+    for name, sentence in {
+        "min": "router=min does not exist; did you mean mine?",
+        "half": "router=half cannot be used: its entry point of lightning_base.routers is declared_package_too, which "
+        "names no class: write half = declared_package_too:MyRouter",
+    }.items():
+        assert explain(MissingConfigException("", f"router/{name}", ["base"])) == sentence
 
 
 def test_an_installed_router_may_not_have_the_name_of_ours_or_of_another(site: Path) -> None:

@@ -131,6 +131,8 @@ class SparseLayer(nn.Module):
         if watch is not None:
             watch.start()
         plan = self.router(seen_TD, ids_T, groups)
+        if not isinstance(plan, RoutingPlan):
+            raise TypeError(f"{type(self.router).__name__}.forward gave a {type(plan).__name__}, and not a RoutingPlan")
         if watch is not None:
             watch.lap("router")
         dispatcher = self._dispatcher(plan)

@@ -5,7 +5,7 @@ import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from lightning_base.instantiation import instantiate, require
+from lightning_base.instantiation import ConfigError, instantiate, require
 from lightning_base.model_options import ModelOptions
 from lightning_base.routing.router import Router
 
@@ -184,6 +184,11 @@ class Config:
             self.router, "router", Router, width=self.model.router_width, vocab_size=self.data.vocab_size
         )
         assert isinstance(router, Router)
+        if type(router).forward is Router.forward:
+            target = self.router["_target_"]
+            raise ConfigError(
+                f"router._target_={target} has no forward of its own: define one that gives a RoutingPlan"
+            )
         return router
 
     def build_corpus(self) -> "Corpus":

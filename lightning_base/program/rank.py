@@ -6,7 +6,6 @@ import os
 import random
 import signal
 import sys
-import time
 import traceback
 import warnings
 from contextlib import suppress
@@ -35,12 +34,13 @@ from lightning_base.program.build import build_callbacks, build_data, build_modu
 from lightning_base.program.claim import as_rank
 from lightning_base.program.config import Config
 from lightning_base.program.disk import full_disk
+from lightning_base.program.failure import write_failure
 from lightning_base.program.loggers import finish_loggers, offline_loggers
 from lightning_base.program.processes.heartbeat import Heartbeat
 from lightning_base.program.processes.launch import PREEMPTED, STOP_SIGNALS, die_with_parent
 from lightning_base.program.read_config import read_config
 from lightning_base.program.resume import begin, find_start
-from lightning_base.program.run_directory import RunDirectory, write_json
+from lightning_base.program.run_directory import RunDirectory
 
 
 class DiskFullError(Exception):
@@ -201,22 +201,6 @@ def main(directory: Path) -> int:
 def rank_of_this_process() -> int:
     """As torchrun has numbered it, before there is a process group."""
     return int(os.environ.get("RANK", 0))
-
-
-def write_failure(job: RunDirectory, rank: int, error: BaseException) -> None:
-    """Leaves what happened on this rank where the launcher finds it."""
-    write_json(
-        job.failures / f"rank_{rank}.json",
-        {
-            "time": time.time(),
-            "rank": rank,
-            "restart": int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)),
-            "error": f"{type(error).__name__}: {error}",
-            # All ranks fail with one whose part of a checkpoint cannot be written; only that one knows the cause.
-            "elsewhere": isinstance(error, checkpoint.CheckpointError) and error.__cause__ is None,
-            "traceback": "".join(traceback.format_exception(error)),
-        },
-    )
 
 
 def rank(directory: Path) -> NoReturn:
