@@ -7,6 +7,9 @@ import os
 import sys
 from collections.abc import Callable
 from importlib import import_module
+from importlib.metadata import version
+
+from lightning_base import __version__
 
 PROGRAMS = {
     "train": ("program.command", "trains one arm, or a sweep of arms: train experiment=compare seed=1,2,3"),
@@ -42,10 +45,12 @@ def run(name: str) -> int:
 def complete() -> int:
     """Answers what ``train -sc install=bash`` asks: a program to complete, or what Hydra knows of ``train``."""
     line, point = os.environ.get("COMP_LINE", ""), int(os.environ.get("COMP_POINT", "0"))
-    words = line.split()
-    if words[1:2] != ["train"] or line[:point].split()[-1] == "train":
+    # The last word before the cursor is the one to complete, which may not have begun.
+    before = f"{line[:point]}|".split()[:-1]
+    if len(before) < 2:
         print(" ".join(PROGRAMS))
-        return 0
+    if before[1:2] != ["train"]:
+        return 0  # nothing, for which the shell offers files
     # Hydra knows of no name between the command and its overrides.
     shorter = line.replace(" train", "", 1)
     os.environ |= {"COMP_LINE": shorter, "COMP_POINT": str(point - len(line) + len(shorter))}
@@ -60,6 +65,10 @@ def main() -> int:
         return run(name)
     if name == "-sc":
         return complete()
+    if name == "--version":
+        versions = ", ".join(f"{package} {version(package)}" for package in ("torch", "pytorch-lightning"))
+        print(f"lightning-base {__version__} ({versions})")
+        return 0
     if name not in ("-h", "--help"):
         from lightning_base.instantiation import did_you_mean
 
@@ -68,5 +77,5 @@ def main() -> int:
     print("usage: lightning-base PROGRAM [...], where PROGRAM is one of\n")
     for known, (_, tells) in PROGRAMS.items():
         print(f"  {known:<12} {tells}")
-    print("\nlightning-base PROGRAM --help tells more.")
+    print("\nlightning-base PROGRAM --help tells more, and lightning-base --version which this is.")
     return 0
