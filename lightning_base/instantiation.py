@@ -7,7 +7,7 @@ import sys
 import traceback
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 # Classes outside this package that a configuration may name, besides everything in ``lightning_base``.
@@ -170,7 +170,7 @@ def check_arguments(arguments: Mapping[str, Any], found: type, key: str, hidden:
         if not (fits(value, hint) or (type(value) is type(default) and value == default)):
             if value is None:
                 raise ConfigError(f"{prefix}{name}=null has to be given: {describe(hint)}")
-            raise ConfigError(f"{prefix}{name}={value!r} should be {describe(hint)}")
+            raise ConfigError(misfit(f"{prefix}{name}", value, hint))
         kinds = (hint, *typing.get_args(hint))
         if type(value) is int and float in kinds and int not in kinds:
             taken[name] = float(value)  # YAML writes 1 for 1.0.
@@ -197,6 +197,16 @@ def _annotation(name: str, written: Any, init: Any) -> Any:
         return Any
 
 
+def misfit(key: str, value: object, hint: Any) -> str:
+    """The sentence for a value of another type; of a group of options, for the first of them."""
+    if typing.get_origin(hint) is dict and isinstance(value, Mapping):
+        of_all = typing.get_args(hint)[1]
+        for name, each in value.items():
+            if not fits(each, of_all):
+                return misfit(f"{key}.{name}", each, of_all)
+    return f"{key}={value!r} should be {describe(hint)}"
+
+
 def plain_defaults(found: type) -> dict[str, Any]:
     """The options of a class that have a default which YAML can write."""
     parameters = inspect.signature(found).parameters.items()
@@ -213,7 +223,7 @@ def fits(value: object, hint: Any) -> bool:
         return any(value == option and type(value) is type(option) for option in arguments)
     if origin in (typing.Union, types.UnionType):
         return any(fits(value, option) for option in arguments)
-    if origin in (list, tuple):
+    if origin in (list, tuple, Sequence):
         return isinstance(value, list | tuple) and all(fits(item, arguments[0]) for item in value)
     if origin is dict:
         return isinstance(value, Mapping) and all(
@@ -246,7 +256,7 @@ def describe(hint: Any) -> str:
     arguments = typing.get_args(hint)
     if typing.get_origin(hint) is typing.Literal:
         return " or ".join(map(str, arguments))
-    if typing.get_origin(hint) in (list, tuple):
+    if typing.get_origin(hint) in (list, tuple, Sequence):
         return "a list" + (f" of {describe(arguments[0])}" if arguments else "")
     if arguments:
         return " or ".join(describe(a) for a in arguments)

@@ -8,6 +8,7 @@ from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from lightning_base.benchmark.bare import configuration
 from lightning_base.instantiation import ConfigError
 from lightning_base.program.explain import explain
 from lightning_base.program.flags import check_flags
@@ -107,7 +108,14 @@ CASES = {
     ),
     "one unknown router of a sweep": (["-m", "router=uniform,swich"], "did you mean switch?"),
     "an override that cannot be read": (["nonsense"], "nonsense has no value: write nonsense=..."),
-    "no router": (["router=null"], "router=null names none: leave it out, or ~router for a configuration without one"),
+    "no router": (["router=null"], "router=null names no choice: leave it out"),
+    "no callbacks": (["callbacks=3"], "callbacks=3 names no choice: leave it out, or write ~callbacks"),
+    "an arm more than a run has": (
+        ["router=base,switch"],
+        "router=base,switch is several values: write -m in front to train each, or router=[base,switch] for a list",
+    ),
+    "a number among groups of options": (["callbacks.alarms=3"], "callbacks.alarms=3 should be a group of options"),
+    "a number for files": (["data=text", "data.corpus.files=3"], "data.corpus.files=3 should be a text or a list of"),
     "a flag of somebody else's": (["--max_steps", "4"], "--max_steps is no flag: write trainer.max_steps=4"),
     "a pickle": (["--experimental-rerun", "nope"], "--experimental-rerun reads a pickle, which is code"),
     "a wrong value in a model of transformers": (
@@ -173,9 +181,16 @@ MEANT = {
     "router=BASE": "router=BASE does not exist; did you mean base or hash?",
     "router==switch": "router==switch has an equals sign too many: write router=switch",
     "data.corpus.files=~/x.txt": "data.corpus.files=~/x.txt cannot be read: quote the value, "
-    "'data.corpus.files=\"~/x.txt\"'",
+    f"'data.corpus.files=\"{Path.home()}/x.txt\"'",
+    "router={num_expert: 4}": "router.num_expert is not a key of the configuration while router is BASE; did you mean "
+    "router.num_experts?",
     "module.betas=[1": "module.betas=[1 cannot be read: close its brackets and quotes",
 }
+
+
+def test_runs_do_not_go_into_a_folder_called_tilde() -> None:
+    with pytest.raises(ConfigError, match=r"^runs_dir=~/runs is out of range: write out what ~ stands for$"):
+        configuration(["runs_dir='~/runs'"])
 
 
 @pytest.mark.parametrize("override", MEANT)

@@ -169,6 +169,7 @@ class Config:
 
     def __post_init__(self) -> None:
         folder_name(self.name)
+        require(not self.runs_dir.startswith("~"), "runs_dir", self.runs_dir, "write out what ~ stands for")
         require(0 <= self.seed < 2**63, "seed", self.seed, "give 0 or more")
 
     @property

@@ -3,6 +3,8 @@
 import re
 import traceback
 from collections.abc import Sequence
+from dataclasses import MISSING, fields
+from os.path import expanduser
 from typing import Any
 
 import yaml
@@ -12,6 +14,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lightning_base.instantiation import ConfigError, did_you_mean
+from lightning_base.program.config import Config
 from lightning_base.program.keys import nearest_keys, possible_keys
 from lightning_base.program.plugins import GROUP, entry_points
 from lightning_base.program.trainer_arguments import without_plus
@@ -47,8 +50,13 @@ def explain(error: Exception) -> str:
     if "raised while resolving interpolation: " in text:  # by one of our resolvers
         return _first_line(text.partition("raised while resolving interpolation: ")[2])
     if "Config group override must be" in text:
-        group = _held(error, "override").get_key_element()
-        return f"{group}=null names none: leave it out, or ~{group} for a configuration without one"
+        given = _held(error, "override")
+        can_go = any(one.name == given.key_or_group and one.default_factory is not MISSING for one in fields(Config))
+        return f"{given.input_line} names no choice: leave it out" + f", or write ~{given.key_or_group}" * can_go
+    several = re.search(r"Ambiguous value for argument '([^']+)'", text)
+    if several:
+        key, _, values = several.group(1).partition("=")
+        return f"{several.group(1)} is several values: write -m in front to train each, or {key}=[{values}] for a list"
     cause = error.__cause__
     if isinstance(error, ConfigCompositionException) or "is not in struct" in text:
         found = re.search(r"Could not (?:override|delete)[^']*'([^']+)'", text)
@@ -79,10 +87,13 @@ def _no_key(error: Exception, key: str) -> str:
         return of_lightning
     composed: Any = OmegaConf.to_container(_held(error, "cfg") or OmegaConf.create(), resolve=False)
     composed.pop("hydra", None)
+    if key in (known := possible_keys(composed)) and isinstance(getattr(error.__cause__, "full_key", None), str):
+        # Of several keys that were given at once.
+        key = max(key, error.__cause__.full_key, key=len)  # type: ignore[union-attr]
+        group, _, name = key.rpartition(".")
     parent: Any = composed
     for part in group.split(".") if group else ():
         parent = parent.get(part) if isinstance(parent, dict) else None
-    known = possible_keys(composed)
     if "Could not delete" not in str(error) and (key in known or parent == {}):
         return f"{key} is not in the configuration yet: add it with a plus, +{_held(error, 'override').input_line}"
     there = [one for one in parent if one != "_target_"] if isinstance(parent, dict) else []
@@ -105,7 +116,7 @@ def _unreadable(override: str) -> str:
         return f"{override} has an equals sign too many: write {key}={value.lstrip('=')}"
     if set(value) & set("[]{}()\"'"):
         return f"{override} cannot be read: close its brackets and quotes"
-    return f"{override} cannot be read: quote the value, '{key}=\"{value}\"'"
+    return f"{override} cannot be read: quote the value, '{key}=\"{expanduser(value)}\"'"
 
 
 def _held(error: Exception, name: str) -> Any:

@@ -206,7 +206,7 @@ def test_a_run_on_token_ids_has_no_bits_per_byte_and_is_reported(small_corpus: l
         (["data.tokenizer=nowhere.json"], "data.tokenizer=nowhere.json is not there"),
         (["data.tokenizer={folder}", "data.end_of_text='</s>'"], "data.end_of_text=</s> is not in"),
         (["data=tokens", "data.corpus.files={folder}/*.npy", "data.vocab_size=9"], "data.end_of_text=null, and token"),
-        (["data=tokens", "data.corpus.files={folder}/*.npy"], "data.vocab_size=None should be a whole number"),
+        (["data=tokens", "data.corpus.files={folder}/*.npy"], "data.vocab_size=null has to be given: a whole number"),
         (
             ["data=tokens", "data.corpus.files={folder}/*.npy", "data.vocab_size=9", "data.end_of_text=8"],
             "data.vocab_size=9 is too small for the token ids of data.corpus, which go up to 20: give 21 or more.",
