@@ -89,6 +89,8 @@ def resolve(target: str, key: str, base: type) -> type:
 def _imported(target: str) -> Any:
     """What a name stands for: in a module, or in a class there."""
     home, _, name = target.rpartition(".")
+    if not home:
+        raise AttributeError("it names no class: write package.module.Class")
     try:
         return getattr(importlib.import_module(home), name)
     except ModuleNotFoundError as error:

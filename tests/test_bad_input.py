@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import forks
 import program
 import pytest
 from hydra import compose, initialize_config_dir
@@ -186,6 +187,19 @@ MEANT = {
     "router.num_experts?",
     "module.betas=[1": "module.betas=[1 cannot be read: close its brackets and quotes",
 }
+
+
+def raise_what_nobody_foresaw(key: str) -> None:
+    from lightning_base.program.sweep import leaving
+
+    with pytest.raises(SystemExit) as left, leaving():
+        raise KeyError(key)
+    assert left.value.code == 1
+
+
+def test_what_no_check_foresaw_ends_the_command_before_the_first_job() -> None:
+    # Hydra warns of an exception in a callback and goes on; an exit ends it.
+    forks.call(raise_what_nobody_foresaw, "x")
 
 
 def test_runs_do_not_go_into_a_folder_called_tilde() -> None:

@@ -9,7 +9,16 @@ import torch
 from pytorch_lightning import Callback
 from router_arms import FOLDER, ROUTERS, build_router
 
-from lightning_base.instantiation import ALLOWED, ConfigError, check_arguments, describe, fits, instantiate, resolve
+from lightning_base.instantiation import (
+    ALLOWED,
+    ConfigError,
+    check_arguments,
+    describe,
+    fits,
+    instantiate,
+    resolve,
+    trust,
+)
 from lightning_base.routing import Router, Switch, TopK
 
 SWITCH = "lightning_base.routing.switch.Switch"
@@ -128,6 +137,12 @@ def test_importing_nothing_precedes_the_allow_list() -> None:
 )
 def test_an_object_of_another_kind_is_refused(target: str) -> None:
     assert refusal(_target_=target) == f"router._target_={target} is not a Router"
+
+
+def test_a_package_alone_is_no_class() -> None:
+    trust("a_package_alone")
+    sentence = "router._target_=a_package_alone does not exist: it names no class: write package.module.Class"
+    assert refusal(_target_="a_package_alone") == sentence
 
 
 def test_the_base_class_itself_is_refused() -> None:

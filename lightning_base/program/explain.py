@@ -1,12 +1,13 @@
 """One sentence for whatever Hydra or OmegaConf found wrong with a configuration."""
 
+import os
 import re
 import traceback
 from collections.abc import Sequence
 from dataclasses import MISSING, fields
-from os.path import expanduser
 from typing import Any
 
+import hydra
 import yaml
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
@@ -27,8 +28,10 @@ BAD_INPUT = 2
 
 def is_mistake(error: Exception) -> bool:
     """Whether an error is somebody's mistake: one of those, or a value that Hydra itself refuses."""
-    frames = traceback.extract_tb(error.__traceback__)
-    return isinstance(error, MISTAKES) or (isinstance(error, ValueError) and "/hydra/" in frames[-1].filename)
+    if isinstance(error, ValueError) and error.__traceback__ is not None:
+        raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
+        return isinstance(error, MISTAKES) or raised_in.startswith(os.path.dirname(hydra.__file__) + os.sep)
+    return isinstance(error, MISTAKES)
 
 
 def explain(error: Exception) -> str:
@@ -116,7 +119,7 @@ def _unreadable(override: str) -> str:
         return f"{override} has an equals sign too many: write {key}={value.lstrip('=')}"
     if set(value) & set("[]{}()\"'"):
         return f"{override} cannot be read: close its brackets and quotes"
-    return f"{override} cannot be read: quote the value, '{key}=\"{expanduser(value)}\"'"
+    return f"{override} cannot be read: quote the value, '{key}=\"{os.path.expanduser(value)}\"'"
 
 
 def _held(error: Exception, name: str) -> Any:

@@ -58,7 +58,8 @@ def test_the_status_holds_the_traceback_of_the_rank_that_failed_first(
     (failed,) = (path for name, path in program.jobs(runs).items() if "failing" in name)
     status = program.read(failed / "status.json")
     assert status["rank"] == 1
-    assert status["error"] == "RuntimeError: the user's router broke on rank 1"
+    where = "(in Failing.forward, line 13 of failing.py)"
+    assert status["error"] == f"RuntimeError: the user's router broke on rank 1 {where}"
     assert "failing.py" in status["traceback"]
 
 
