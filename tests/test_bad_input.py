@@ -176,8 +176,8 @@ MEANT = {
     "+trainer.profile_steps=3",
     "callbacks.alarms.dead_checks=3": "callbacks.alarms.dead_checks is not in the configuration yet: add it with a "
     "plus, +callbacks.alarms.dead_checks=3",
-    "module.loss_coefficients.z_loss=1": "module.loss_coefficients.z_loss is not in the configuration yet: add it with "
-    "a plus, +module.loss_coefficients.z_loss=1",
+    "module.loss_coefficients.z_loss=1": "module.loss_coefficients is empty: add to it with a plus, "
+    "+module.loss_coefficients.z_loss=1",
     "+trainer.max_steps=3": "trainer.max_steps is in the configuration already: leave out the plus",
     "router=BASE": "router=BASE does not exist; did you mean base or hash?",
     "router==switch": "router==switch has an equals sign too many: write router=switch",

@@ -98,7 +98,9 @@ def _no_key(error: Exception, key: str) -> str:
     for part in group.split(".") if group else ():
         parent = parent.get(part) if isinstance(parent, dict) else None
     if "Could not delete" not in str(error) and (key in known or parent == {}):
-        return f"{key} is not in the configuration yet: add it with a plus, +{_held(error, 'override').input_line}"
+        # Whether an empty group takes this very name, nobody has looked yet.
+        lacks = f"{key} is not in the configuration yet: add it" if key in known else f"{group} is empty: add to it"
+        return f"{lacks} with a plus, +{_held(error, 'override').input_line}"
     there = [one for one in parent if one != "_target_"] if isinstance(parent, dict) else []
     owner = str(parent["_target_"]).rpartition(".")[2] if "_target_" in (parent or {}) else None
     near = nearest_keys(key, known)
