@@ -19,19 +19,6 @@ Reader = Callable[[Run], float | None]
 Form = Callable[[float], str]
 
 
-@dataclass(frozen=True)
-class Measure:
-    """A column under a group of columns: ``read`` finds the number in a run, ``form`` writes it."""
-
-    heading: str
-    group: str
-    read: Reader
-    form: Form
-
-    def cell(self, arm: Arm) -> str:
-        return cell(arm, self.read, self.form)
-
-
 def by_seed(arm: Arm, read: Reader) -> dict[int, float]:
     """A number for every seed that has it."""
     return {run.seed: value for run in arm.runs if (value := read(run)) is not None}
@@ -53,6 +40,23 @@ def cell(arm: Arm, read: Reader, form: Form) -> str:
     if len(set(found)) > 1 and math.isfinite(half := margin(found)):
         text += f" ± {form(half)}"
     return text if len(found) == len(arm.runs) else f"{text} (n={len(found)})"
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of a table; ``group`` stands above the headings of neighbours that share it.
+
+    Of numbers: ``read`` finds them in a run, ``form`` writes them.
+    """
+
+    heading: str
+    group: str = ""
+    read: Reader = lambda run: None
+    form: Form = str
+    words: bool = False
+
+    def cell(self, arm: Arm) -> str:
+        return cell(arm, self.read, self.form)
 
 
 def number(name: str, after: int = 0) -> Reader:
@@ -97,31 +101,23 @@ def validated(arms: Sequence[Arm]) -> list[Run]:
     return [run for arm in arms for run in arm.runs if CURVE in run.series]
 
 
-def loss_at(name: str, spent: float) -> Reader:
+def loss_at(run: Run, name: str, spent: float) -> float | None:
     """The validation loss when so much was spent, between two validations linearly; none before the first."""
-
-    def read(run: Run) -> float | None:
-        before = CURVE not in run.series or spent < cost(run, name)[0]
-        return None if before else float(np.interp(spent, cost(run, name), run.series[CURVE].values))
-
-    return read
+    before = CURVE not in run.series or spent < cost(run, name)[0]
+    return None if before else float(np.interp(spent, cost(run, name), run.series[CURVE].values))
 
 
-def seconds_to(loss: float) -> Reader:
+def seconds_to(run: Run, loss: float) -> float | None:
     """Seconds of training until the curve first is at a loss or below, between two validations linearly.
 
     None for a run that never is, or that is below at its first validation already.
     """
-
-    def read(run: Run) -> float | None:
-        curve = run.series.get(CURVE)
-        if curve is None or curve.values.min() > loss or curve.values[0] < loss:
-            return None
-        i = int(np.argmax(curve.values <= loss))
-        part = slice(max(i - 1, 0), i + 1)
-        return float(np.interp(-loss, -curve.values[part], curve.seconds[part]))
-
-    return read
+    curve = run.series.get(CURVE)
+    if curve is None or curve.values.min() > loss or curve.values[0] < loss:
+        return None
+    i = int(np.argmax(curve.values <= loss))
+    part = slice(max(i - 1, 0), i + 1)
+    return float(np.interp(-loss, -curve.values[part], curve.seconds[part]))
 
 
 # How fast arms trained, and whether that compares.
@@ -199,31 +195,31 @@ def percent(value: float) -> str:
 ONE, TWO, THREE, FOUR = (f"{{:.{digits}f}}".format for digits in (1, 2, 3, 4))
 WHOLE, PLAIN = "{:,.0f}".format, "{:g}".format
 QUALITY, COST, ROUTING, STEP = "Quality on held-out text", "Cost", "Routing in training", "training, one step"
-LOSS = Measure("validation loss", QUALITY, final_loss, FOUR)
-BITS = Measure("bits per byte", QUALITY, number("result.final/bits_per_byte"), FOUR)
+LOSS = Column("validation loss", QUALITY, final_loss, FOUR)
+BITS = Column("bits per byte", QUALITY, number("result.final/bits_per_byte"), FOUR)
 FULL = (
     LOSS,
-    Measure("under unigram", QUALITY, under_unigram, THREE),
-    Measure("perplexity", QUALITY, number("result.final/perplexity"), ONE),
+    Column("under unigram", QUALITY, under_unigram, THREE),
+    Column("perplexity", QUALITY, number("result.final/perplexity"), ONE),
     BITS,
-    Measure("tokens/s", "Speed", speed, WHOLE),
-    Measure("active parameters", COST, number("ledger.active_parameters"), short_count),
-    Measure("total parameters", COST, number("ledger.parameters"), short_count),
-    Measure("FLOPs/token", COST, number("ledger.flops_per_token"), short_count),
-    Measure("experts", ROUTING, number("ledger.num_experts"), PLAIN),
-    Measure("k", ROUTING, number("ledger.top_k"), PLAIN),
-    Measure("capacity factor", ROUTING, number("ledger.capacity_factor"), PLAIN),
-    Measure("tokens", ROUTING, number("tokens"), WHOLE),
-    Measure("dropped", ROUTING, number("assignments_dropped"), WHOLE),
-    Measure("drop rate", ROUTING, drop_rate, percent),
+    Column("tokens/s", "Speed", speed, WHOLE),
+    Column("active parameters", COST, number("ledger.active_parameters"), short_count),
+    Column("total parameters", COST, number("ledger.parameters"), short_count),
+    Column("FLOPs/token", COST, number("ledger.flops_per_token"), short_count),
+    Column("experts", ROUTING, number("ledger.num_experts"), PLAIN),
+    Column("k", ROUTING, number("ledger.top_k"), PLAIN),
+    Column("capacity factor", ROUTING, number("ledger.capacity_factor"), PLAIN),
+    Column("tokens", ROUTING, number("tokens"), WHOLE),
+    Column("dropped", ROUTING, number("assignments_dropped"), WHOLE),
+    Column("drop rate", ROUTING, drop_rate, percent),
 )
 ROUTED = (
-    Measure("drop rate", "training", drop_rate, percent),
-    Measure("max_vio", "training", number("train_group/max_vio/load/mean"), THREE),
-    Measure("max_vio", "evaluation", number("final_pass/max_vio/load/mean"), THREE),
+    Column("drop rate", "training", drop_rate, percent),
+    Column("max_vio", "training", number("train_group/max_vio/load/mean"), THREE),
+    Column("max_vio", "evaluation", number("final_pass/max_vio/load/mean"), THREE),
 )
 LEAK = tuple(
-    Measure(heading, f"routed as in {stage}", number(f"result.final_causality/leak_{stage}_{way}/max"), percent)
+    Column(heading, f"routed as in {stage}", number(f"result.final_causality/leak_{stage}_{way}/max"), percent)
     for stage in ("training", "evaluation")
     for way, heading in (("expert", "chosen"), ("weight", "gates"), ("drop", "drops"), ("any", "any"))
 )
@@ -240,26 +236,26 @@ PHASES = {
 }
 NAMES = {phase: phase.replace("_", " ") for phase in PHASES} | {"experts": "expert networks"}
 TIME = tuple(
-    Measure(NAMES[phase], "share of a training step", number(f"train_time/share_{phase}", 1), percent)
+    Column(NAMES[phase], "share of a training step", number(f"train_time/share_{phase}", 1), percent)
     for phase in PHASES
 )
 COMPUTE = (
-    Measure("idle, over processes", STEP, number("train_step/idle_fraction/mean", 1), percent),
-    Measure("idle, over experts", STEP, number("train_step/idle_fraction_experts/mean", 1), percent),
-    Measure("batched padding", STEP, number("train_micro_batch/batched_padding/mean", 1), percent),
-    Measure("empty slots", STEP, number("train_step/capacity_padding/mean", 1), percent),
-    Measure("idle, over experts", "evaluation", number("final_pass/idle_fraction_experts/mean"), percent),
-    Measure("idle time, over processes", "measured", number("train_time/idle_fraction", 1), percent),
+    Column("idle, over processes", STEP, number("train_step/idle_fraction/mean", 1), percent),
+    Column("idle, over experts", STEP, number("train_step/idle_fraction_experts/mean", 1), percent),
+    Column("batched padding", STEP, number("train_micro_batch/batched_padding/mean", 1), percent),
+    Column("empty slots", STEP, number("train_step/capacity_padding/mean", 1), percent),
+    Column("idle, over experts", "evaluation", number("final_pass/idle_fraction_experts/mean"), percent),
+    Column("idle time, over processes", "measured", number("train_time/idle_fraction", 1), percent),
 )
 SENT, EXCHANGE = "bytes of a sparse layer, a step and a process", "time of the exchange"
 COMMUNICATION = (
-    Measure("sent", SENT, number("communication/bytes/mean", 1), short_count),
-    Measure("busiest process", SENT, number("communication/busiest_rank/max", 1), THREE),
-    Measure("largest message", SENT, number("communication/largest_message/max", 1), short_count),
-    Measure("uneven dispatch", SENT, number("communication/uneven_dispatch/max", 1), THREE),
-    Measure("ms a layer", EXCHANGE, milliseconds("communication/seconds/mean"), TWO),
-    Measure("ms for the slowest", EXCHANGE, milliseconds("communication/waiting/mean"), TWO),
-    Measure("share of the step", EXCHANGE, number("communication/share", 1), percent),
-    Measure("gradients", "computed", number("communication.gradient_bytes_computed"), short_count),
+    Column("sent", SENT, number("communication/bytes/mean", 1), short_count),
+    Column("busiest process", SENT, number("communication/busiest_rank/max", 1), THREE),
+    Column("largest message", SENT, number("communication/largest_message/max", 1), short_count),
+    Column("uneven dispatch", SENT, number("communication/uneven_dispatch/max", 1), THREE),
+    Column("ms a layer", EXCHANGE, milliseconds("communication/seconds/mean"), TWO),
+    Column("ms for the slowest", EXCHANGE, milliseconds("communication/waiting/mean"), TWO),
+    Column("share of the step", EXCHANGE, number("communication/share", 1), percent),
+    Column("gradients", "computed", number("communication.gradient_bytes_computed"), short_count),
 )
-ALL: Sequence[Measure] = (*FULL, *ROUTED[1:], *LEAK, *TIME, *COMPUTE, *COMMUNICATION)
+ALL: Sequence[Column] = (*FULL, *ROUTED[1:], *LEAK, *TIME, *COMPUTE, *COMMUNICATION)

@@ -3,10 +3,11 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 
 from lightning_base.report import answer, measures
-from lightning_base.report.measures import DASH, FOUR, THREE, TWO, Measure, cell, machine_noise, number, percent
+from lightning_base.report.measures import DASH, FOUR, THREE, TWO, Column, cell, machine_noise, number, percent
 from lightning_base.report.words import WORDS
 from lightning_base.results.fairness import Arm, Comparison, stage_of, unequal
 from lightning_base.results.statistics import interval
@@ -14,15 +15,6 @@ from lightning_base.results.statistics import interval
 
 class Strong(str):
     """A cell with a difference that is beyond noise."""
-
-
-@dataclass(frozen=True)
-class Column:
-    """``group`` stands above the headings of neighbours that share it."""
-
-    heading: str
-    group: str = ""
-    words: bool = False
 
 
 ARM = Column("arm")
@@ -47,8 +39,7 @@ class Table:
     def headings(self) -> list[str]:
         """For formats with one line of headings: one that stands under several groups says which."""
         names = [column.heading for column in self.columns]
-        groups = [f"{column.group.partition(':')[0]} " for column in self.columns]
-        return [group * (names.count(name) > 1) + name for group, name in zip(groups, names, strict=True)]
+        return [f"{c.group.partition(':')[0]} " * (names.count(c.heading) > 1) + c.heading for c in self.columns]
 
     @property
     def groups(self) -> list[tuple[str, int, int]]:
@@ -104,9 +95,8 @@ def short_table(comparison: Comparison) -> Table:
     reference = comparison.reference
     gaps, against = answer.contrasts(reference, arms), f"against {reference.label}"
     losses = [[x for x in measures.by_seed(arm, measures.final_loss).values() if math.isfinite(x)] for arm in arms]
-    dear = [answer.OTHER_COST * unequal((arm, reference), "flops_per_token") for arm in arms]
     cells = {
-        ARM: [marked(arm) + sign for arm, sign in zip(arms, dear, strict=True)],
+        ARM: [marked(arm) + answer.OTHER_COST * unequal((arm, reference), "flops_per_token") for arm in arms],
         Column("seeds"): [f"{len(arm.runs)}" + f" of {seeds}" * (len(arm.runs) < seeds) for arm in arms],
         Column("validation loss"): list(map(measures.LOSS.cell, arms)),
         Column("difference", against): [difference(gaps.get(arm)) for arm in arms],
@@ -117,7 +107,7 @@ def short_table(comparison: Comparison) -> Table:
         Column("bits per byte"): list(map(measures.BITS.cell, arms)),
         Column("tokens/s"): [speed_cell(arm) + sign for arm, sign in answer.not_quiet(arms).items()],
         Column("scaled tokens/s"): [f"{pace:,.0f}" if (pace := noise[arm].scaled) else "" for arm in arms],
-        **{Column(measure.heading, measure.group): list(map(measure.cell, arms)) for measure in measures.ROUTED},
+        **{column: list(map(column.cell, arms)) for column in measures.ROUTED},
     }
     hidden = ["difference"] * (len(arms) == 1) + ["seeds", "p", "between seeds"] * (seeds == 1)
     return by_column("The arms", {c: v for c, v in cells.items() if c.heading not in hidden}, figures=("difference",))
@@ -140,17 +130,13 @@ def contrast_table(comparison: Comparison) -> Table:
             row = [marked(contrast.arm), contrast.other.label, difference(contrast), *intervals]
             rows.append([*row, f"{contrast.p:.4f}", better])
     columns = [ARM, Column("held against", words=True)]
-    columns += [Column(name) for name in ("difference", "t interval", "bootstrap", "p", "better in")]
+    columns += map(Column, ("difference", "t interval", "bootstrap", "p", "better in"))
     return Table("Paired differences: t and bootstrap intervals", columns, rows, WORDS["leads"]["contrasts"])
 
 
 def equal_cost_table(comparison: Comparison) -> Table:
     """The validation loss after equal steps, FLOPs and time, and the time to a loss that all reach."""
-    title, arms, reference = (
-        "Quality at equal steps, FLOPs and time; learning curves",
-        comparison.arms,
-        comparison.reference,
-    )
+    title, arms = "Quality at equal steps, FLOPs and time; learning curves", comparison.arms
     runs, ranked = measures.validated(arms), measures.validated([a for a in arms if a.causal] or arms)
     if not ranked:
         return Table(title, [], [])
@@ -160,17 +146,16 @@ def equal_cost_table(comparison: Comparison) -> Table:
     signs = answer.not_quiet(arms)
     losses, gaps = {}, {}
     for name, spent in budgets.items():
-        read, sign = measures.loss_at(name, spent), signs if name == "time" else dict.fromkeys(arms, "")
-        found = answer.contrasts(reference, arms, read)
+        read = partial(measures.loss_at, name=name, spent=spent)
+        sign = signs if name == "time" else dict.fromkeys(arms, "")
+        found = answer.contrasts(comparison.reference, arms, read)
         losses[Column(name, "validation loss at equal")] = [cell(arm, read, FOUR) + sign[arm] for arm in arms]
-        gaps[Column(name, f"difference to {reference.label}")] = [difference(found.get(a), sign[a]) for a in arms]
-    seconds = [cell(arm, measures.seconds_to(target), TWO) + signs[arm] for arm in arms]
-    cells = {
-        ARM: list(map(marked, arms)),
-        **losses,
-        **(gaps if len(arms) > 1 else {}),
-        Column("seconds to loss"): seconds,
-    }
+        if len(arms) > 1:
+            against = f"difference to {comparison.reference.label}"
+            gaps[Column(name, against)] = [difference(found.get(arm), sign[arm]) for arm in arms]
+    reach = partial(measures.seconds_to, loss=target)
+    seconds = {Column("seconds to loss"): [cell(arm, reach, TWO) + signs[arm] for arm in arms]}
+    cells = {ARM: list(map(marked, arms)), **losses, **gaps, **seconds}
     part = arms[0].first.fields.get("data.validation_sequences")
     sampled = ", over a sample of the text, so that it ends beside the final loss" if part else ""
     said = {**budgets, "FLOPs": measures.short_count(budgets["FLOPs"]), "sampled": sampled, "target": target}
@@ -178,11 +163,11 @@ def equal_cost_table(comparison: Comparison) -> Table:
 
 
 def measure_table(
-    title: str, shown: Sequence[Measure], arms: Sequence[Arm], lead: str = "", figures: tuple[str, ...] = ()
+    title: str, shown: Sequence[Column], arms: Sequence[Arm], lead: str = "", figures: tuple[str, ...] = ()
 ) -> Table:
-    """A row per arm and a column per measure; measures that no arm has are left out, and arms that have none."""
-    having = [arm for arm in arms if any(measure.cell(arm) != DASH for measure in shown)]
-    cells = {Column(measure.heading, measure.group): list(map(measure.cell, having)) for measure in shown}
+    """A row per arm and a column of numbers; columns that no arm has are left out, and arms that have none."""
+    having = [arm for arm in arms if any(column.cell(arm) != DASH for column in shown)]
+    cells = {column: list(map(column.cell, having)) for column in shown}
     measured = {column: found for column, found in cells.items() if set(found) != {DASH}}
     return by_column(title, {ARM: list(map(marked, having)), **measured}, lead, figures)
 
