@@ -43,26 +43,23 @@ def pictures(comparison: Comparison) -> list[Picture]:
 def differences(comparison: Comparison, looks: Looks) -> Iterator[Picture]:
     """A forest plot: an arm a line, its difference to the reference with its interval, a dot per seed."""
     reference, arms = comparison.reference, comparison.arms
-    found = sorted(contrasts(reference, arms).values(), key=lambda contrast: contrast.interval.mean)
+    found = dict(sorted(contrasts(reference, arms).items(), key=lambda pair: pair[1].mean))
     if not found:
         return
     figure, axes = chart(5.6, 1.2 + 0.36 * len(found))
     axes.axvline(0, color="#444444", lw=1)
-    for line, contrast in enumerate(found):
-        gap, color = contrast.interval, looks[contrast.arm]["color"]
-        axes.plot(
-            gap.values, [line - 0.2 * gap.known] * len(gap.values), "o", color=color, ms=4.5, alpha=0.6, mec="none"
-        )
+    for line, (arm, gap) in enumerate(found.items()):
+        color, above = looks[arm]["color"], [line - 0.2 * gap.known] * len(gap.values)
+        axes.plot(gap.values, above, "o", color=color, ms=4.5, alpha=0.6, mec="none")
         if gap.known:
             axes.plot((gap.low, gap.high), (line, line), color=color, lw=2, solid_capstyle="butt")
-            filled = color if contrast.decided else "white"
-            axes.plot(gap.mean, line, "D", color=color, mfc=filled, ms=7, gid=f"difference{arms.index(contrast.arm)}")
-    axes.set_yticks(range(len(found)), [contrast.arm.label for contrast in found])
+            filled = color if gap.decided else "white"
+            axes.plot(gap.mean, line, "D", color=color, mfc=filled, ms=7, gid=f"difference{arms.index(arm)}")
+    axes.set_yticks(range(len(found)), [arm.label for arm in found])
     axes.set(ylim=(len(found) - 0.5, -0.5), xlabel=f"loss minus that of {reference.label} [nats per token]")
     axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.grid(axis="y", visible=False)
-    several = any(contrast.interval.known for contrast in found)
-    caption = CAPTIONS["difference" if several else "difference_of_one_seed"]
+    caption = CAPTIONS["difference" if any(gap.known for gap in found.values()) else "difference_of_one_seed"]
     yield render("difference", f"Difference to {reference.label}", caption, figure)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from lightning_base.results.fairness import EXECUTED, Arm
 from lightning_base.results.read import Run
-from lightning_base.results.statistics import margin
+from lightning_base.results.statistics import Interval, margin
 
 DASH = "–"
 Reader = Callable[[Run], float | None]
@@ -178,6 +178,11 @@ def side_by_side(arms: Sequence[Arm]) -> list[Arm]:
 def signed(value: float) -> str:
     """A difference in nats: +0.0123 or −0.0123."""
     return f"{value:+.4f}".replace("-", "−")
+
+
+def paired(gap: Interval) -> str:
+    """The same with its margin; with one seed the number alone."""
+    return signed(gap.mean) + (f" ± {gap.margin:.4f}" if gap.known else "")
 
 
 def short_count(value: float) -> str:

@@ -10,7 +10,7 @@ from lightning_base.report import answer, measures
 from lightning_base.report.measures import DASH, FOUR, THREE, TWO, Column, cell, machine_noise, number, percent
 from lightning_base.report.words import WORDS
 from lightning_base.results.fairness import Arm, Comparison, stage_of, unequal
-from lightning_base.results.statistics import interval
+from lightning_base.results.statistics import Interval, interval
 
 
 class Strong(str):
@@ -84,9 +84,9 @@ def ahead(arm: Arm, mode: str) -> str:
     return answer.NOT_CAUSAL_IN_EVALUATION * (not arm.causal_in(mode))
 
 
-def difference(contrast: answer.Contrast | None, flag: str = "") -> str:
-    text = contrast.text + flag if contrast else DASH
-    return Strong(text) if contrast and contrast.decided and not flag else text
+def difference(gap: Interval | None, flag: str = "") -> str:
+    text = measures.paired(gap) + flag if gap else DASH
+    return Strong(text) if gap and gap.decided and not flag else text
 
 
 def short_table(comparison: Comparison) -> Table:
@@ -100,9 +100,7 @@ def short_table(comparison: Comparison) -> Table:
         Column("seeds"): [f"{len(arm.runs)}" + f" of {seeds}" * (len(arm.runs) < seeds) for arm in arms],
         Column("validation loss"): list(map(measures.LOSS.cell, arms)),
         Column("difference", against): [difference(gaps.get(arm)) for arm in arms],
-        Column("p", against): [
-            f"{gaps[arm].p:.3f}" if arm in gaps and gaps[arm].interval.known else DASH for arm in arms
-        ],
+        Column("p", against): [f"{gaps[arm].p:.3f}" if arm in gaps and gaps[arm].known else DASH for arm in arms],
         Column("between seeds"): [f"{interval(some).spread:.4f}" if len(some) > 1 else DASH for some in losses],
         Column("bits per byte"): list(map(measures.BITS.cell, arms)),
         Column("tokens/s"): [speed_cell(arm) + sign for arm, sign in answer.not_quiet(arms).items()],
@@ -122,13 +120,12 @@ def speed_cell(arm: Arm) -> str:
 def contrast_table(comparison: Comparison) -> Table:
     """Every paired difference with both of its intervals; nothing for one seed."""
     rows = []
-    for contrast in answer.all_contrasts(comparison):
-        gap = contrast.interval
+    held = [(other, *each) for other, gaps in answer.all_contrasts(comparison).items() for each in gaps.items()]
+    for other, arm, gap in held:
         if gap.known:
             intervals = [" to ".join(map(measures.signed, ends)) for ends in ((gap.low, gap.high), gap.bootstrap())]
             better = f"{sum(value < 0 for value in gap.values)} of {len(gap.values)}"
-            row = [marked(contrast.arm), contrast.other.label, difference(contrast), *intervals]
-            rows.append([*row, f"{contrast.p:.4f}", better])
+            rows.append([marked(arm), other.label, difference(gap), *intervals, f"{gap.p:.4f}", better])
     columns = [ARM, Column("held against", words=True)]
     columns += map(Column, ("difference", "t interval", "bootstrap", "p", "better in"))
     return Table("Paired differences: t and bootstrap intervals", columns, rows, WORDS["leads"]["contrasts"])
