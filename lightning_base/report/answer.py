@@ -6,7 +6,6 @@ from dataclasses import replace
 
 from lightning_base.report import measures
 from lightning_base.report.measures import Reader, by_seed, final_loss, machine_noise, mean
-from lightning_base.report.words import WORDS
 from lightning_base.results.fairness import EXECUTED, Arm, Comparison, unequal, varying
 from lightning_base.results.read import Run
 from lightning_base.results.statistics import Interval, holm, interval
@@ -141,13 +140,10 @@ def unequal_costs(arms: Sequence[Arm], name: str) -> str:
 
 def layouts_of(run: Run) -> str:
     """In which layouts the steps of a run were computed, if there are several."""
+    text = "from step {from_step} {strategy} with {world_size} rank{s} and accumulation {accumulation}"
     layouts = run.manifest.get("layouts") or []
-    return ", ".join(
-        f"from step {layout['from_step']} {layout['strategy']} with {layout['world_size']} rank"
-        f"{'s' * (layout['world_size'] != 1)} and accumulation {layout['accumulation']}"
-        for layout in layouts
-        if len(layouts) > 1
-    )
+    found = [text.format(**layout, s="s" * (layout["world_size"] != 1)) for layout in layouts]
+    return ", ".join(found * (len(found) > 1))
 
 
 def passed_over(run: Run) -> str:
@@ -165,21 +161,6 @@ def balance_sentence(comparison: Comparison) -> str:
     parts = [f"exactly even in {listed(even)}"] * bool(even)
     parts += [f"up to {value:.2f} above even in {label}" for value, label in worst[len(even) :][-MOST_NAMED:]]
     return f"The fullest expert of a routing group, worst logged step: {listed(parts)}." if parts else ""
-
-
-def footnotes(comparison: Comparison) -> list[str]:
-    """What the signs in the tables mean; only those that occur."""
-    arms, ways = comparison.arms, [arm.causal_in(mode) for arm in comparison.arms for mode in arm.modes]
-    unless = f", unless marked {NOT_CAUSAL_IN_EVALUATION}" * (not all(ways))
-    occur = {
-        "several": len(comparison.seeds) > 1,
-        "training": not all(arm.causal_in(None) for arm in arms),
-        "evaluation": not all(ways),
-        "gradient": any(arm.straight_through for arm in arms),
-        "noise": any(not_quiet(arms).values()),
-        "cost": any(unequal((arm, comparison.reference), "flops_per_token") for arm in arms),
-    }
-    return [WORDS["notes"][name].format(unless=unless) for name, found in occur.items() if found]
 
 
 def not_quiet(arms: Sequence[Arm]) -> dict[Arm, str]:

@@ -5,9 +5,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lightning_base.report.answer import answer, cautions, footnotes, listed
+from lightning_base.report.answer import answer, cautions, listed
 from lightning_base.report.labels import apart, comparison_titles, labelled, short
-from lightning_base.report.tables import Table, tables
+from lightning_base.report.tables import Table, footnotes, tables
 from lightning_base.report.words import WORDS
 from lightning_base.results.fairness import BY_SEED, Comparison, compare
 from lightning_base.results.read import LeftOut, ReportError
@@ -81,8 +81,8 @@ def build(*directories: Path) -> Document:
             apart=list(apart(comparison, comparisons[0])),
             answer=list(answer(comparison)),
             cautions=cautions(comparison),
-            tables=list(map(explained, tables(comparison))),
-            notes=list(filter(new, footnotes(comparison))),
+            tables=(shown := list(map(explained, tables(comparison)))),
+            notes=list(filter(new, footnotes(shown))),
             made_with=made_with(comparison),
             prefix=f"{i}_" if len(comparisons) > 1 else "",
         )

@@ -111,6 +111,13 @@ def short_table(comparison: Comparison) -> Table:
     return by_column("The arms", {c: v for c, v in cells.items() if c.heading not in hidden}, figures=("difference",))
 
 
+def footnotes(found: Sequence[Table]) -> list[str]:
+    """What the signs in some tables mean; only those that occur."""
+    cells = "".join(text for table in found for row in table.rows for text in row)
+    unless = f", unless marked {answer.NOT_CAUSAL_IN_EVALUATION}" * (answer.NOT_CAUSAL_IN_EVALUATION in cells)
+    return [text.format(unless=unless) for sign, text in WORDS["notes"].items() if sign in cells]
+
+
 def speed_cell(arm: Arm) -> str:
     """The median of all windows of all seeds, with quartiles where they are apart."""
     low, middle, high = [f"{pace:,.0f}" for pace in measures.quartiles(arm.runs)] or [DASH] * 3
