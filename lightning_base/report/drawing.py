@@ -114,12 +114,13 @@ def chunks(layers: Sequence[str]) -> Iterator[tuple[str, Sequence[str]]]:
 
 
 def panels(
-    rows: Sequence[tuple[str, dict[str, Any]]], **options: Any
+    rows: Sequence[tuple[str, dict[str, Any]]], across: str, along: str, **options: Any
 ) -> Iterator[tuple[str, Figure, list[tuple[Axes, Any]]]]:
     """Figures of a row per label and a column per layer; a layer that a row does not have stays empty.
 
     Args:
         rows: labels, and what is drawn by layer.
+        across: what the horizontal axes show, ``along`` the vertical ones.
         options: of ``Figure.subplots``.
 
     Yields:
@@ -134,6 +135,8 @@ def panels(
                 axes.set_title(textwrap.fill(f"{label}: {layer.replace('_', ' ')}", 40), fontsize=10, loc="left")
                 drawn += [(axes, found[layer])] if layer in found else []
                 axes.set_axis_on() if layer in found else axes.set_axis_off()
+        figure.supxlabel(across, fontsize=11)
+        figure.supylabel(along, fontsize=11)
         yield part, figure, drawn
 
 

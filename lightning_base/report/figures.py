@@ -143,14 +143,12 @@ def load_bars(looks: Looks) -> Iterator[Picture]:
     rows: list[tuple[str, dict[str, Any]]] = []
     for arm, look in looks.items():
         for mode in arm.modes if arm.sparse else []:
-            found: dict[str, list[np.ndarray]] = {}
-            for run in arm.runs:
-                for layer, counts in run.counts.get(f"{stage_of(arm, mode)}_pass", {}).items():
-                    found.setdefault(layer, []).append(fullest_first(counts))
+            found = [run.counts.get(f"{stage_of(arm, mode)}_pass", {}) for run in arm.runs]
+            shares = {layer: [fullest_first(each[layer]) for each in found if layer in each] for layer in found[0]}
             label = arm.label + f", {mode}" * (len(arm.modes) > 1)
-            bars = {layer: (np.mean(shares, 0), look["color"]) for layer, shares in found.items()}
-            rows += [(label, bars)] * bool(found)
-    for part, figure, drawn in panels(rows, sharey=True):
+            bars = {layer: (np.mean(share, 0), look["color"]) for layer, share in shares.items()}
+            rows += [(label, bars)] * bool(bars)
+    for part, figure, drawn in panels(rows, "expert, fullest first", "tokens / even share", sharey=True):
         for axes, ((demand_E, load_E), color) in drawn:
             experts = np.arange(len(load_E))
             axes.bar(experts, load_E, color=color, width=0.8)
@@ -158,8 +156,6 @@ def load_bars(looks: Looks) -> Iterator[Picture]:
             axes.axhline(1, color="#444444", lw=1)
             axes.grid(axis="x", visible=False)
             axes.set_xticks(experts[:: max(len(experts) // 8, 1)])
-        figure.supxlabel("expert, fullest first", fontsize=11)
-        figure.supylabel("tokens / even share", fontsize=11)
         title = f"Load per expert in evaluation{part.replace('_', ' ')}"
         yield render(f"load_bars{part}", title, CAPTIONS["load_bars"], figure)
 
@@ -178,14 +174,12 @@ def load_heatmaps(arms: Sequence[Arm]) -> Iterator[Picture]:
     found = [(arm.label, arm.first.counts.get("train_step", {})) for arm in arms if arm.sparse]
     rows = [(label, layers) for label, layers in found if layers]
     seed = f" Seed {arms[0].seeds[0]} of {len(arms[0].seeds)}." if len(arms[0].seeds) > 1 else ""
-    for part, figure, drawn in panels(rows):
+    for part, figure, drawn in panels(rows, "step", "expert"):
         for axes, counts in drawn:
             image = heatmap(axes, (counts.demand / np.maximum(counts.demand.mean(1, keepdims=True), 1e-9)).T)
             shown = np.unique(np.linspace(0, len(counts.steps) - 1, min(5, len(counts.steps))).astype(int))
             axes.set_xticks(shown, map(str, counts.steps[shown]))
             axes.set_yticks(sorted({0, counts.demand.shape[1] - 1}))
-        figure.supxlabel("step", fontsize=11)
-        figure.supylabel("expert", fontsize=11)
         shrink = min(1.0, 2 / len(rows))
         figure.colorbar(image, ax=figure.axes, label="demand / even share", extend="max", shrink=shrink)
         title = f"Demand per expert over training{part.replace('_', ' ')}"

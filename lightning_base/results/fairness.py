@@ -120,11 +120,10 @@ def compare(runs: list[Run]) -> list[Comparison]:
         return sides[run] == sides[arm[0]] and run.seed not in [other.seed for other in arm]
 
     arms = [Arm(tuple(sorted(found, key=lambda run: run.seed))) for found in gather(runs, repeats)]
-    place = {arm: i for i, arm in enumerate(arms)}
     # Those with most seeds first, so that a table has a seed in common wherever there is one.
     groups = gather(sorted(arms, key=lambda arm: -len(arm.runs)), belongs)
-    ordered = [sorted(group, key=lambda arm: place[arm]) for group in groups]
-    ordered.sort(key=lambda group: (-len(group), place[group[0]]))
+    ordered = [sorted(group, key=arms.index) for group in groups]
+    ordered.sort(key=lambda group: (-len(group), arms.index(group[0])))
     return [Comparison(tuple(group), setting(group)) for group in ordered]
 
 
