@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lightning_base.report.answer import answer, cautions, listed
+from lightning_base.report.formats import WORDS, Table
 from lightning_base.report.labels import apart, comparison_titles, labelled, short
-from lightning_base.report.tables import Table, footnotes, tables
-from lightning_base.report.words import WORDS
+from lightning_base.report.tables import footnotes, tables
 from lightning_base.results.fairness import BY_SEED, Comparison, compare
 from lightning_base.results.read import LeftOut, ReportError
 from lightning_base.results.verify import sound_runs

@@ -13,7 +13,7 @@ from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 
-from lightning_base.report.words import TEMPLATES
+from lightning_base.report.formats import TEMPLATES
 from lightning_base.results.fairness import Arm
 
 # Colours of Okabe and Ito, which people with any kind of colour vision can tell apart, for those who meet most often;

@@ -2,50 +2,15 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
-from itertools import groupby
 
 from lightning_base.report import answer, measures
+from lightning_base.report.formats import WORDS, Strong, Table
 from lightning_base.report.measures import DASH, FOUR, THREE, TWO, Column, cell, machine_noise, number, percent
-from lightning_base.report.words import WORDS
 from lightning_base.results.fairness import Arm, Comparison, stage_of, unequal
 from lightning_base.results.statistics import Interval, interval
 
-
-class Strong(str):
-    """A cell with a difference that is beyond noise."""
-
-
 ARM = Column("arm")
-
-
-@dataclass(frozen=True)
-class Table:
-    """Rows of cells; the first cell of a row is its heading.
-
-    ``lead`` says, above the table, what was measured; ``figures`` are the beginnings of the names of figures that
-    belong to it; ``help`` explains the headings that stand here for the first time.
-    """
-
-    title: str
-    columns: list[Column]
-    rows: list[list[str]]
-    lead: str = ""
-    figures: tuple[str, ...] = ()
-    help: tuple[tuple[str, str], ...] = ()
-
-    @property
-    def headings(self) -> list[str]:
-        """For formats with one line of headings: one that stands under several groups says which."""
-        names = [column.heading for column in self.columns]
-        return [f"{c.group.partition(':')[0]} " * (names.count(c.heading) > 1) + c.heading for c in self.columns]
-
-    @property
-    def groups(self) -> list[tuple[str, int, int]]:
-        """The headings above the headings, with the first and the last of the columns each spans, counted from 1."""
-        spans = [(group, list(found)) for group, found in groupby(enumerate(self.columns, 1), lambda c: c[1].group)]
-        return [(group, found[0][0], found[-1][0]) for group, found in spans]
 
 
 def by_column(title: str, cells: dict[Column, list[str]], lead: str = "", figures: tuple[str, ...] = ()) -> Table:
