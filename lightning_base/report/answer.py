@@ -93,7 +93,6 @@ def cautions(comparison: Comparison) -> list[str]:
     noisy = [
         f"{arm.label} ({noise.slower:.2f} times as long, quartiles {100 * noise.spread:.0f} % of it apart)"
         for arm, noise in machine_noise(arms).items()
-        if noise.disturbed
     ]
     old = [f"{name}, went on from an older checkpoint: {text}" for name, run in runs if (text := passed_over(run))]
     entropy = mean(arms[0], measures.unigram_entropy)
@@ -165,8 +164,8 @@ def balance_sentence(comparison: Comparison) -> str:
 
 def not_quiet(arms: Sequence[Arm]) -> dict[Arm, str]:
     """The sign at speeds and times that other work on the machine may have changed."""
-    shared = measures.side_by_side(arms)
-    return {arm: NOT_QUIET * (noise.disturbed or arm in shared) for arm, noise in machine_noise(arms).items()}
+    uncertain = {*machine_noise(arms), *measures.side_by_side(arms)}
+    return {arm: NOT_QUIET * (arm in uncertain) for arm in arms}
 
 
 def listed(items: Sequence[str]) -> str:

@@ -26,8 +26,7 @@ def by_seed(arm: Arm, read: Reader) -> dict[int, float]:
 
 def mean(arm: Arm, read: Reader) -> float:
     """The mean over seeds, nan if no run has the number."""
-    found = list(by_seed(arm, read).values())
-    return float(np.mean(found)) if found else math.nan
+    return float(np.mean(list(by_seed(arm, read).values()) or [math.nan]))
 
 
 def cell(arm: Arm, read: Reader, form: Form) -> str:
@@ -136,31 +135,29 @@ def speed(run: Run) -> float | None:
 
 
 class Noise(NamedTuple):
-    """A fixed piece of work was timed between steps: how many times ``slower`` it was than beside the quietest arm.
+    """A fixed piece of work, timed between steps, took longer or was less even than beside the quietest arm.
 
-    ``spread`` is quartile distance / median. ``scaled`` is what the speed might be on a quiet machine; None where it is
-    as it was, or a guess from a few timings.
+    It took ``slower`` times as long, ``spread`` is quartile distance / median. ``scaled`` is what the speed might be on
+    a quiet machine; None where that would be a guess from a few timings.
     """
 
-    slower: float = 1.0
-    spread: float = 0.0
-    disturbed: bool = False
-    scaled: float | None = None
+    slower: float
+    spread: float
+    scaled: float | None
 
 
 def machine_noise(arms: Sequence[Arm]) -> dict[Arm, Noise]:
-    """The noise beside each arm, none where nothing was timed; arms that ran in other ways are held apart."""
-    timed = {arm: [time for run in arm.runs for time in run.values("machine/reference_ms")] for arm in arms}
-    found = dict.fromkeys(arms, Noise())
+    """The noise beside the arms that had some; those that ran in other ways are held apart."""
+    every = {arm: [time for run in arm.runs for time in run.values("machine/reference_ms")] for arm in arms}
+    timed, found = {arm: times for arm, times in every.items() if times}, {}
     for arm, mine in timed.items():
         way = arm.first.chosen(EXECUTED)
-        alike = [times for other, times in timed.items() if times and other.first.chosen(EXECUTED) == way]
-        if mine:
-            (low, middle, high), quiet = (np.quantile(x, QUARTILES) for x in (mine, min(alike, key=np.median)))
-            slower, spread, least = middle / quiet[1], (high - low) / middle, (quiet[2] - quiet[0]) / quiet[1]
-            disturbed = bool(slower > 1 + TOLERANCE or spread > least + TOLERANCE)
-            pace = quartiles(arm.runs) if disturbed and len(mine) >= ENOUGH else []
-            found[arm] = Noise(slower, spread, disturbed, pace[1] * slower if pace else None)
+        alike = [times for other, times in timed.items() if other.first.chosen(EXECUTED) == way]
+        (low, middle, high), quiet = (np.quantile(x, QUARTILES) for x in (mine, min(alike, key=np.median)))
+        slower, spread, least = middle / quiet[1], (high - low) / middle, (quiet[2] - quiet[0]) / quiet[1]
+        if slower > 1 + TOLERANCE or spread > least + TOLERANCE:
+            pace = quartiles(arm.runs) if len(mine) >= ENOUGH else []
+            found[arm] = Noise(slower, spread, pace[1] * slower if pace else None)
     return found
 
 

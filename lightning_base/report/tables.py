@@ -69,7 +69,7 @@ def short_table(comparison: Comparison) -> Table:
         Column("between seeds"): [f"{interval(some).spread:.4f}" if len(some) > 1 else DASH for some in losses],
         Column("bits per byte"): list(map(measures.BITS.cell, arms)),
         Column("tokens/s"): [speed_cell(arm) + sign for arm, sign in answer.not_quiet(arms).items()],
-        Column("scaled tokens/s"): [f"{pace:,.0f}" if (pace := noise[arm].scaled) else "" for arm in arms],
+        Column("scaled tokens/s"): [f"{noise[a].scaled:,.0f}" if a in noise and noise[a].scaled else "" for a in arms],
         **{column: list(map(column.cell, arms)) for column in measures.ROUTED},
     }
     hidden = ["difference"] * (len(arms) == 1) + ["seeds", "p", "between seeds"] * (seeds == 1)
