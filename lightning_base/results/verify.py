@@ -138,8 +138,6 @@ def against_metrics(run: Run) -> Findings:
     expected = steps * batch if batch else sequences
     yield "sequences", sequences, expected, "in manifest.json, not steps x data.global_batch = {}"
     yield "tokens", tokens, min(tokens, most), "in manifest.json, more than sequences x data.sequence_length = {}"
-    dropped, asked = manifest["assignments_dropped"], manifest["assignments"]
-    yield "assignments_dropped", dropped, min(dropped, asked), "in manifest.json, more than assignments = {}"
     seconds, ended = manifest.get("training_seconds"), max((float(found.seconds[-1]) for found in series), default=0.0)
     if isinstance(seconds, int | float) and abs(seconds - ended) > 0.01 + TOLERANCE * ended:
         yield "training_seconds", seconds, ended, IN_METRICS
