@@ -142,7 +142,7 @@ def load_bars(looks: Looks) -> Iterator[Picture]:
     """Load of experts in the final evaluation, fullest first: a row per arm and evaluation mode, a column per layer."""
     rows: list[tuple[str, dict[str, Any]]] = []
     for arm, look in looks.items():
-        for mode in arm.modes if arm.sparse else []:
+        for mode in arm.modes if arm.sparse else ():
             found = [run.counts.get(f"{stage_of(arm, mode)}_pass", {}) for run in arm.runs]
             shares = {layer: [fullest_first(each[layer]) for each in found if layer in each] for layer in found[0]}
             label = arm.label + f", {mode}" * (len(arm.modes) > 1)
@@ -171,8 +171,7 @@ def fullest_first(counts: Counts) -> np.ndarray:
 
 def load_heatmaps(arms: Sequence[Arm]) -> Iterator[Picture]:
     """Demand over training: a row per arm, a column per layer, experts over logged steps."""
-    found = [(arm.label, arm.first.counts.get("train_step", {})) for arm in arms if arm.sparse]
-    rows = [(label, layers) for label, layers in found if layers]
+    rows = [(arm.label, found) for arm in arms if arm.sparse and (found := arm.first.counts.get("train_step"))]
     seed = f" Seed {arms[0].seeds[0]} of {len(arms[0].seeds)}." if len(arms[0].seeds) > 1 else ""
     for part, figure, drawn in panels(rows, "step", "expert"):
         for axes, counts in drawn:

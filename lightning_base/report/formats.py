@@ -10,7 +10,7 @@ import json
 import re
 import shlex
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -97,14 +97,12 @@ def render(template: str, *folders: Path, **what: Any) -> str:
 
 def columns(table: Table) -> str:
     """A table in columns, headings broken at spaces so that it stays narrow."""
-    words = [name.split() for name in table.headings]
-    height = max(map(len, words))
-    headings = zip(*([""] * (height - len(word)) + word for word in words), strict=True)
+    headings = list(zip_longest(*(name.split()[::-1] for name in table.headings), fillvalue=""))[::-1]
     # By column: each as wide as its widest cell, the first one to the left.
     sized = [(max(map(len, cells)), cells) for cells in zip(*headings, *table.rows, strict=True)]
     grid = [[cell.rjust(width) if j else cell.ljust(width) for cell in cells] for j, (width, cells) in enumerate(sized)]
     lines = ["  ".join(line).rstrip() for line in zip(*grid, strict=True)]
-    return "\n".join([*lines[:height], "-" * len(max(lines, key=len)), *lines[height:]])
+    return "\n".join([*lines[: len(headings)], "-" * len(max(lines, key=len)), *lines[len(headings) :]])
 
 
 def markdown(text: str) -> str:

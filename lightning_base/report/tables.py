@@ -40,13 +40,13 @@ def tables(comparison: Comparison) -> list[Table]:
 
 def marked(arm: Arm, mode: str | None = None) -> str:
     """The label with the signs of its footnotes; with a ``mode``, the sign for evaluation stands beside that."""
-    training = answer.NOT_CAUSAL_IN_TRAINING * (not arm.causal_in(None))
+    training = answer.NOT_CAUSAL_IN_TRAINING * (not arm.first.ledger["causal_in_training"])
     evaluation = answer.NOT_CAUSAL_IN_EVALUATION * (not arm.causal and not mode)
-    return arm.label + training + evaluation + answer.OTHER_GRADIENT * arm.straight_through
+    return arm.label + training + evaluation + answer.OTHER_GRADIENT * arm.first.ledger.get("straight_through", False)
 
 
 def ahead(arm: Arm, mode: str) -> str:
-    return answer.NOT_CAUSAL_IN_EVALUATION * (not arm.causal_in(mode))
+    return answer.NOT_CAUSAL_IN_EVALUATION * (not arm.modes[mode])
 
 
 def difference(gap: Interval | None, flag: str = "") -> str:
