@@ -3,7 +3,6 @@
 import textwrap
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from io import BytesIO
 from typing import Any
 
@@ -13,7 +12,7 @@ from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 
-from lightning_base.report.formats import TEMPLATES
+from lightning_base.report.formats import TEMPLATES, Picture
 from lightning_base.results.fairness import Arm
 
 # Colours of Okabe and Ito, which people with any kind of colour vision can tell apart, for those who meet most often;
@@ -43,21 +42,6 @@ SPARE = (("#E69F00", "P"), ("#56B4E9", "X"), ("#999999", "*"), ("#E69F00", "<"),
 LINES = ("-", "--", "-.", ":")
 LAYERS_PER_FIGURE = 4
 LOOK = TEMPLATES / "figures.mplstyle"
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A drawn figure: its file name without a suffix, what one sees in it, and its bytes in two formats.
-
-    ``width`` is in inches, at which its letters have the size of the text around it.
-    """
-
-    name: str
-    title: str
-    caption: str
-    width: float
-    svg: bytes
-    png: bytes
 
 
 def router_color(router: str) -> tuple[str, str]:

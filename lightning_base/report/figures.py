@@ -13,8 +13,8 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from lightning_base.report import measures
 from lightning_base.report.answer import contrasts, not_quiet
-from lightning_base.report.drawing import LOOK, Picture, chart, heatmap, legend_columns, panels, render, styles
-from lightning_base.report.formats import WORDS
+from lightning_base.report.drawing import LOOK, chart, heatmap, legend_columns, panels, render, styles
+from lightning_base.report.formats import WORDS, Picture
 from lightning_base.report.measures import CURVE, by_seed, final_loss, mean, speed, validated
 from lightning_base.results.fairness import Arm, Comparison, stage_of
 from lightning_base.results.read import Counts

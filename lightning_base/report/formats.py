@@ -64,6 +64,21 @@ class Table:
         return [(group, found[0][0], found[-1][0]) for group, found in spans]
 
 
+@dataclass(frozen=True)
+class Picture:
+    """A drawn figure: its file name without a suffix, what one sees in it, and its bytes in two formats.
+
+    ``width`` is in inches, at which its letters have the size of the text around it.
+    """
+
+    name: str
+    title: str
+    caption: str
+    width: float
+    svg: bytes
+    png: bytes
+
+
 def render(template: str, *folders: Path, **what: Any) -> str:
     """Fills a template with what comes from files, escaped as the template's format asks.
 
