@@ -78,12 +78,6 @@ def render(name: str, title: str, caption: str, figure: Figure) -> Picture:
     return Picture(name, title, caption, float(figure.get_figwidth()), svg.getvalue(), png.getvalue())
 
 
-def chart(width: float, height: float) -> tuple[Figure, Axes]:
-    """A figure of so many inches with one panel."""
-    figure = Figure(figsize=(width, height))
-    return figure, figure.subplots()
-
-
 def legend_columns(labels: Iterable[str]) -> int:
     """How many labels fit beside each other under a figure."""
     longest = max(map(len, labels))

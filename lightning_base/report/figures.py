@@ -13,7 +13,7 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from lightning_base.report import measures
 from lightning_base.report.answer import contrasts, not_quiet
-from lightning_base.report.drawing import LOOK, chart, heatmap, legend_columns, panels, render, styles
+from lightning_base.report.drawing import LOOK, heatmap, legend_columns, panels, render, styles
 from lightning_base.report.formats import WORDS, Picture
 from lightning_base.report.measures import CURVE, by_seed, final_loss, mean, speed, validated
 from lightning_base.results.fairness import Arm, Comparison, stage_of
@@ -46,7 +46,8 @@ def differences(comparison: Comparison, looks: Looks) -> Iterator[Picture]:
     found = dict(sorted(contrasts(reference, arms).items(), key=lambda pair: pair[1].mean))
     if not found:
         return
-    figure, axes = chart(5.6, 1.2 + 0.36 * len(found))
+    figure = Figure(figsize=(5.6, 1.2 + 0.36 * len(found)))
+    axes = figure.subplots()
     axes.axvline(0, color="#444444", lw=1)
     for line, (arm, gap) in enumerate(found.items()):
         color, above = looks[arm]["color"], [line - 0.2 * gap.known] * len(gap.values)
@@ -80,7 +81,8 @@ def loss_curves(looks: Looks) -> Iterator[Picture]:
     spread = " Lines are means over seeds, bands their 95 % t intervals." * any(len(arm.runs) > 1 for arm in arms)
     across = legend_columns(arm.label for arm in arms)
     for key, (axis, title) in SHOWN.items():
-        figure, axes = chart(5.4, 4.0 + 0.24 * -(-len(arms) // across))
+        figure = Figure(figsize=(5.4, 4.0 + 0.24 * -(-len(arms) // across)))
+        axes = figure.subplots()
         ends = {}
         for i, (arm, look) in enumerate(looks.items()):
             if runs := validated([arm]):
@@ -107,7 +109,8 @@ def pareto(arms: Sequence[Arm]) -> Iterator[Picture]:
     points = {arm: point for arm, point in found.items() if np.isfinite(point).all()}
     if len(points) < 2:
         return
-    figure, axes = chart(5.6, 4.2)
+    figure = Figure(figsize=(5.6, 4.2))
+    axes = figure.subplots()
     front = pareto_front([point if arm.causal else (0.0, np.inf) for arm, point in points.items()])
     joined = sorted(list(points.values())[i] for i in front)
     axes.plot(*zip(*joined, strict=True), color="#888888", lw=1, ls="--", gid="front")
@@ -214,7 +217,8 @@ def time_bars(arms: Sequence[Arm]) -> Iterator[Picture]:
     shown = {label: taken for label, taken in times.items() if taken.any()}
     if not shown:
         return
-    figure, axes = chart(7.6, 1.4 + 0.34 * len(shown))
+    figure = Figure(figsize=(7.6, 1.4 + 0.34 * len(shown)))
+    axes = figure.subplots()
     left = np.zeros(len(shown))
     for (phase, color), width in zip(measures.PHASES.items(), np.transpose(list(shown.values())), strict=True):
         axes.barh(list(shown), width, left=left, color=color, label=phase.replace("_", " "), height=0.7)

@@ -184,10 +184,8 @@ def paired(gap: Interval) -> str:
 
 def short_count(value: float) -> str:
     """Four digits and a unit: 8.663 M."""
-    for size, unit in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= size:
-            return f"{value / size:#.4g} {unit}"
-    return f"{value:.4g}"
+    power = sum(abs(value) >= 1000**i for i in range(1, 6))
+    return f"{value / 1000**power:#.4g} {' kMGTP'[power]}" if power else f"{value:.4g}"
 
 
 def percent(value: float) -> str:
