@@ -223,5 +223,5 @@ def check_loggers(logger: LoggerConfig) -> None:
         if getattr(logger, name) and importlib.util.find_spec(name) is None:
             raise ConfigError(
                 f"logger.{name}=true needs a package that is not installed: "
-                f".venv/bin/pip install -c constraints.txt -e '.[{name}]', or choose logger=tensorboard"
+                f"pip install 'lightning-base[{name}]', or choose logger=tensorboard"
             )

@@ -155,7 +155,7 @@ def check_plugins(config: DictConfig) -> None:
         if package.startswith("hydra_plugins.") and importlib.util.find_spec(package) is None:
             name = config.hydra.runtime.choices[f"hydra/{kind}"]
             extra = package.split("_")[2]
-            how = f": .venv/bin/pip install -c constraints.txt -e '.[{extra}]'" if extra in EXTRAS else ""
+            how = f": pip install 'lightning-base[{extra}]'" if extra in EXTRAS else ""
             raise ConfigError(
                 f"hydra/{kind}={name} needs the package {package.split('.')[1].replace('_', '-')}, which is not "
                 f"installed{how}; or choose hydra/{kind}=basic"
