@@ -11,14 +11,12 @@ from lightning_base.results.read import flatten
 
 def labelled(comparison: Comparison) -> Comparison:
     """With one label per arm, no two alike: the sweep's own, with the router's name, and more where needed."""
-    arms = comparison.arms
-    labels = [shorten(arm) for arm in arms]
+    arms = [replace(arm, label=shorten(arm)) for arm in comparison.arms]
     for names in (EXECUTED, ROUTER):
-        labels = tell_apart(labels, [arm.first.chosen(names) for arm in arms])
-    folders = [f" [{arm.first.path.parent.name}/{arm.first.path.name}]" for arm in arms]
-    labels = [label + folder * (labels.count(label) > 1) for label, folder in zip(labels, folders, strict=True)]
-    labelled = (replace(arm, label=label) for arm, label in zip(arms, labels, strict=True))
-    return replace(comparison, arms=tuple(labelled))
+        arms = [replace(arm, label=arm.label + told_apart(arm, arms, names)) for arm in arms]
+    labels = [arm.label for arm in arms]
+    folders = {arm: f" [{'/'.join(arm.first.path.parts[-2:])}]" for arm in arms if labels.count(arm.label) > 1}
+    return replace(comparison, arms=tuple(replace(arm, label=arm.label + folders.get(arm, "")) for arm in arms))
 
 
 def shorten(arm: Arm) -> str:
@@ -44,17 +42,14 @@ def router_name(arm: Arm) -> str:
     return f"{arm.router} of {experiment}/{job.partition(',')[0]}"
 
 
-def tell_apart(labels: list[str], descriptions: list[dict[str, Any]]) -> list[str]:
-    """Adds to labels that occur more than once the described values that differ among their arms.
+def told_apart(arm: Arm, arms: Sequence[Arm], names: tuple[str, ...]) -> str:
+    """The fields under some names that differ among the arms with this arm's label, in brackets.
 
     ``switch`` from one sweep and ``Switch`` from another command are one label.
     """
-    found = []
-    for label, mine in zip(labels, descriptions, strict=True):
-        same = [d for name, d in zip(labels, descriptions, strict=True) if name.lower() == label.lower()]
-        extra = ", ".join(f"{key.rpartition('.')[2]}={mine[key]}" for key in varying(same) if key in mine)
-        found.append(f"{label} ({extra})" if extra else label)
-    return found
+    alike = [other.first.chosen(names) for other in arms if other.label.lower() == arm.label.lower()]
+    mine = [f"{key.rpartition('.')[2]}={arm.first.fields[key]}" for key in varying(alike) if key in arm.first.fields]
+    return f" ({', '.join(mine)})" if mine else ""
 
 
 def comparison_titles(comparisons: Sequence[Comparison]) -> list[str]:

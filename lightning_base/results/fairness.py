@@ -67,9 +67,9 @@ class Arm:
         return tuple(run.seed for run in self.runs)
 
     @property
-    def modes(self) -> list[str]:
-        """The ways in which the validation text was routed; the first one counts."""
-        return list(self.first.ledger["evaluation_modes"])
+    def modes(self) -> dict[str, bool]:
+        """The ways in which the validation text was routed, and whether they never look ahead; the first one counts."""
+        return dict(self.first.ledger["evaluation_modes"])
 
     @property
     def sparse(self) -> bool:
@@ -77,19 +77,9 @@ class Arm:
         return bool(self.first.ledger["num_experts"] > 1)
 
     @property
-    def straight_through(self) -> bool:
-        """Whether it is declared to learn from another gradient than that of its gates' values."""
-        return bool(self.first.ledger.get("straight_through", False))
-
-    @property
     def causal(self) -> bool:
         """Whether its validation loss is that of a language model, which does not look at later tokens."""
-        return self.causal_in(self.modes[0])
-
-    def causal_in(self, mode: str | None) -> bool:
-        """Whether a way of routing never looks at later tokens; None is training."""
-        ledger = self.first.ledger
-        return bool(ledger["causal_in_training"] if mode is None else ledger["evaluation_modes"][mode])
+        return next(iter(self.modes.values()))
 
 
 @dataclass(frozen=True)
@@ -120,11 +110,10 @@ def compare(runs: list[Run]) -> list[Comparison]:
         return sides[run] == sides[arm[0]] and run.seed not in [other.seed for other in arm]
 
     arms = [Arm(tuple(sorted(found, key=lambda run: run.seed))) for found in gather(runs, repeats)]
-    place = {arm: i for i, arm in enumerate(arms)}
     # Those with most seeds first, so that a table has a seed in common wherever there is one.
     groups = gather(sorted(arms, key=lambda arm: -len(arm.runs)), belongs)
-    ordered = [sorted(group, key=lambda arm: place[arm]) for group in groups]
-    ordered.sort(key=lambda group: (-len(group), place[group[0]]))
+    ordered = [sorted(group, key=arms.index) for group in groups]
+    ordered.sort(key=lambda group: (-len(group), arms.index(group[0])))
     return [Comparison(tuple(group), setting(group)) for group in ordered]
 
 
@@ -168,7 +157,7 @@ def varying(described: Sequence[dict[str, Any]]) -> list[str]:
 
 def stage_of(arm: Arm, mode: str) -> str:
     """How the names of what an evaluation mode logged begin."""
-    return "final" if mode == arm.modes[0] else f"final_{mode}"
+    return "final" if mode == next(iter(arm.modes)) else f"final_{mode}"
 
 
 def unequal(arms: Sequence[Arm], name: str, tolerance: float = 0.01) -> bool:

@@ -378,8 +378,8 @@ FAULTS = [
     Fault(
         "the report forgets how many arms it compares",
         "report/answer.py",
-        "corrected = holm([contrast.interval.p for contrast in found])",
-        "corrected = [contrast.interval.p for contrast in found]",
+        "corrected = holm([gap.p for gap in found.values()])",
+        "corrected = [gap.p for gap in found.values()]",
         "report/test_answer.py",
     ),
     Fault(
