@@ -2,13 +2,19 @@
 
 import sys
 from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
 
 import forks
 import program
 import pytest
+import pytorch_lightning as pl
 
+from lightning_base.callbacks.certificate import Certificate
 from lightning_base.instantiation import ConfigError
 from lightning_base.program import plugins
+from lightning_base.program.run_directory import RunDirectory
+from lightning_base.program.sources import source_hash
 
 SOURCE = '''
 import torch
@@ -96,20 +102,94 @@ def test_a_sweep_over_a_router_of_ours_and_one_of_theirs(small_corpus: list[str]
         assert manifest["result"]["final/mine"] == 7.0
     written = [path.read_text() for path in tmp_path.rglob("mine.csv")]
     assert written == ["2 steps, True"] * 2
-    found = by_router["installed_package.MyRouter"]["plugin"]
-    assert (found["package"], found["version"]) == ("installed_package", "1.2")
+    recorded = {target.partition(".")[0]: manifest["sources"] for target, manifest in by_router.items()}
+    installed, theirs = (recorded[package]["router"][package] for package in ("installed_package", "their_package"))
+    assert (installed["version"], theirs["version"]) == ("1.2", "none")
     # The two packages have the same source, and no compiled file or folder name is in the hash.
-    assert found["source_sha256"] == by_router["their_package.MyRouter"]["plugin"]["source_sha256"]
-    assert by_router["their_package.MyRouter"]["plugin"]["version"] == "none"
-
-
-def test_the_hash_of_a_source_changes_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    install(tmp_path, "changing_package")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    before = plugins.source_hash("changing_package")
-    with open(tmp_path / "changing_package" / "__init__.py", "a") as file:
+    assert installed["source_sha256"] == theirs["source_sha256"]
+    assert recorded["installed_package"]["callbacks.mine"] == {"their_package": theirs}
+    # The same command again has nothing to do, until their source is another.
+    assert forks.run(program.command(*arguments), environment=with_packages).returncode == 0
+    with open(tmp_path / "site" / "installed_package" / "__init__.py", "a") as file:
         file.write("# more\n")
-    assert plugins.source_hash("changing_package") != before
+    again = forks.run(program.command(*arguments), environment=with_packages)
+    assert again.returncode == 2
+    assert "error: router._target_ is of installed_package, which has changed since the run in " in again.stderr
+    assert f"(version 1.2, source {installed['source_sha256'][:12]} then, version 1.2, source " in again.stderr
+
+
+FAILS = """
+from their_package import MyRouter
+import torch
+
+
+class Fails(MyRouter):
+    def __init__(self, *, num_experts: int) -> None:
+        super().__init__(num_experts=num_experts)
+        self.register_buffer("step", torch.zeros((), dtype=torch.int64))
+
+    def end_step(self, sums):
+        self.step += 1
+        if self.step == 3:
+            raise RuntimeError("mend me")
+"""
+
+
+def test_a_run_is_not_half_of_one_router_and_half_of_another(small_corpus: list[str], tmp_path: Path) -> None:
+    install(tmp_path, "their_package")
+    source = tmp_path / "failing_router.py"
+    with_packages = {**program.environment(), "PYTHONPATH": f"{program.REPOSITORY}:{tmp_path}"}
+
+    def train(name: str, *more: str) -> tuple[int, str]:
+        arguments = ("plugins=[failing_router]", "router=failing_router.Fails", "trainer.max_steps=4", *more)
+        arguments += ("trainer.checkpoint_every_n_steps=2",)
+        command = program.command(*small_corpus, *arguments, f"runs_dir={tmp_path}/runs", f"name={name}")
+        done = forks.run(command, environment=with_packages)
+        return done.returncode, done.stderr
+
+    for step, name in ((1, "unsaved"), (3, "saved")):
+        source.write_text(FAILS.replace("== 3", f"== {step}"))
+        assert train(name)[0] == 1
+    source.write_text(FAILS.replace("== 3", "== 0"))
+    code, said = train("saved")
+    assert code == 2
+    assert "router._target_ is of failing_router, which has changed since the run" in said
+    assert said.strip().endswith("put it back, choose another name=..., or start over with resume=never")
+    # Nothing that was computed with the old one would be kept.
+    assert train("saved", "resume=never")[0] == 0
+    assert train("unsaved")[0] == 0
+    manifest = program.read(program.only_job(tmp_path / "runs", "saved") / "manifest.json")
+    # What it inherits from counts too.
+    assert list(manifest["sources"]["router"]) == ["failing_router", "their_package"]
+    assert manifest["earlier_sources"] == []
+
+
+def test_steps_of_an_earlier_source_stay_known(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    before, now = ({"router": {"their_package": {"version": "1", "source_sha256": digit * 64}}} for digit in "ab")
+    trainer = Mock(pl.Trainer, world_size=1, accumulate_grad_batches=1, global_step=2, is_global_zero=True)
+    state: dict[str, Any] = {"layouts": [], "sources": []}
+    for sources, expected in ((before, []), (before, []), (now, [before])):
+        certificate = Certificate(run, {"strategy": {"name": "single"}})
+        certificate.load_state_dict(state)
+        run.write_manifest(sources=sources)
+        certificate.on_train_start(trainer, Mock(pl.LightningModule))
+        assert run.manifest()["earlier_sources"] == expected
+        state = certificate.state_dict()
+
+
+@pytest.mark.parametrize("kind", ["a module", "a package", "a folder without an __init__.py"])
+def test_the_hash_of_a_source_changes_with_it(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    name = f"changing_{len(kind)}"
+    file = tmp_path / f"{name}.py" if kind == "a module" else tmp_path / name / "part.py"
+    file.parent.mkdir(exist_ok=True)
+    if kind == "a package":
+        (tmp_path / name / "__init__.py").touch()
+    file.write_text("first = 1\n")
+    before = source_hash(name)
+    file.write_text("first = 2\n")
+    assert source_hash(name) != before
 
 
 @pytest.fixture

@@ -17,8 +17,8 @@ from lightning_base.callbacks.tensorboard import card, tensorboard_writer
 from lightning_base.distributed.reduction import over_ranks, rank
 from lightning_base.model import shared_parameters, weights_fingerprint
 from lightning_base.module import LanguageModel
-from lightning_base.program import plugins
 from lightning_base.program.run_directory import RunDirectory
+from lightning_base.program.sources import plugin_sources
 
 PACKAGES = ("torch", "pytorch-lightning", "hydra-core", "omegaconf", "torchmetrics", "numpy", "numba", "tokenizers")
 
@@ -74,6 +74,8 @@ class Certificate(pl.Callback):
         self.run, self.config = run, config
         # How the steps were computed, and from which one on: a run may go on with another number of ranks.
         self.layouts: list[dict[str, Any]] = []
+        # Of the packages whose code has computed them, one after the other.
+        self.sources: list[dict[str, Any]] = []
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         # Before a checkpoint is restored: a resumed run starts from the same initial weights.
@@ -103,7 +105,7 @@ class Certificate(pl.Callback):
             "packages": {name: importlib.metadata.version(name) for name in (*PACKAGES, *pl_module.model.packages)},
             "python": platform.python_version(),
             "git_commit": git_commit(),
-            "plugin": plugins.certificate(self.config["router"]["_target_"]),
+            "sources": plugin_sources(self.config),
             "world_size": trainer.world_size,
             "device": device_name(pl_module.device),
             "corpus": prepared.statistics,
@@ -126,14 +128,19 @@ class Certificate(pl.Callback):
         before.pop("from_step", None)
         if layout != before:
             self.layouts.append({"from_step": trainer.global_step, **layout})
-        if trainer.is_global_zero:
-            self.run.write_manifest(layouts=self.layouts)
+        if not trainer.is_global_zero:
+            return
+        sources = self.run.manifest()["sources"]
+        if self.sources[-1:] != [sources]:
+            self.sources.append(sources)
+        self.run.write_manifest(layouts=self.layouts, earlier_sources=self.sources[:-1])
 
     def state_dict(self) -> dict[str, Any]:
-        return {"layouts": self.layouts}
+        return {"layouts": self.layouts, "sources": self.sources}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.layouts = list(state_dict["layouts"])
+        self.sources = list(state_dict.get("sources", [{}]))  # of an older checkpoint nobody knows
 
     def _ledger(self, trainer: pl.Trainer, pl_module: LanguageModel) -> dict[str, Any]:
         model = pl_module.model

@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from lightning_base.data import CorpusError, described, prepare_for_run, settled
 from lightning_base.instantiation import ConfigError, plain_defaults, resolve
+from lightning_base.program.checkpoint import checkpoints
 from lightning_base.program.claim import InUseError, claimed, in_use, is_here_and_alive, read_owner
 from lightning_base.program.config import Config
 from lightning_base.program.processes.share import Share
@@ -23,6 +24,7 @@ from lightning_base.program.processes.slurm import MEETING_POINT, meeting_point
 from lightning_base.program.read_config import check_devices, check_loggers, fit_schedule, read_config
 from lightning_base.program.resume import NEVER, check_resume, start_over
 from lightning_base.program.run_directory import EXECUTION, RunDirectory, under
+from lightning_base.program.sources import plugin_sources
 from lightning_base.program.tree import LIVE_TABLE, node_rank, run_tree, say, shown
 from lightning_base.routing.router import Router
 
@@ -153,7 +155,28 @@ def check_run_directory(run: RunDirectory, plain: dict[str, Any]) -> bool:
     different = [key for key in differing_keys(before, plain) if not under(key, MAY_CHANGE)]
     if different:
         raise ConfigError(f"the run directory {path} holds a run with another {', '.join(different)}: {remedy}")
+    if state == "done" or checkpoints(run.checkpoints):
+        check_sources(run, plain)
     return state != "done"
+
+
+def check_sources(run: RunDirectory, plain: dict[str, Any]) -> None:
+    """Whether the packages of others that a run's steps were computed with are the same still.
+
+    Raises:
+        ConfigError: one is another, and the run would be half of the one and half of the other.
+    """
+    before = run.manifest().get("sources", {})
+    for key, packages in plugin_sources(plain).items():
+        for package, now in packages.items():
+            then = before.get(key, {}).get(package, now)
+            if then != now:
+                texts = [f"version {one['version']}, source {one['source_sha256'][:12]}" for one in (then, now)]
+                raise ConfigError(
+                    f"{key}._target_ is of {package}, which has changed since the run in {shown(run.path)} "
+                    f"({texts[0]} then, {texts[1]} now): put it back, choose another name=..., or start over with "
+                    "resume=never"
+                )
 
 
 def add_younger_options(before: dict[Any, Any], plain: Mapping[str, Any]) -> None:

@@ -3,10 +3,8 @@
 A configuration is data: it may name a class of this package, and of those that whoever runs it has declared.
 """
 
-import hashlib
 import importlib
 import importlib.metadata
-import importlib.util
 import inspect
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -153,33 +151,3 @@ def added_folders(arguments: Sequence[str]) -> list[Path]:
         value = override.value()
         found += map(str, value) if isinstance(value, list) else []
     return [Path(folder.removeprefix("file://")) for folder in found if "://" not in folder.removeprefix("file://")]
-
-
-def certificate(target: str) -> dict[str, str] | None:
-    """The package a router comes from, its version, and a hash of its source; None for one of lightning_base.
-
-    A package that is run from a folder has no version. The hash is over all its Python files.
-    """
-    package = target.partition(".")[0]
-    if package == "lightning_base":
-        return None
-    try:
-        distributions = importlib.metadata.packages_distributions().get(package, [])
-        version = importlib.metadata.version(distributions[0]) if distributions else "none"
-    except importlib.metadata.PackageNotFoundError:
-        version = "none"
-    return {"package": package, "version": version, "source_sha256": source_hash(package)}
-
-
-def source_hash(package: str) -> str:
-    """SHA-256 over the names and contents of the Python files of a package, or of a module that is one file."""
-    spec = importlib.util.find_spec(package)
-    if spec is None or spec.origin is None:
-        return "none"
-    origin = Path(spec.origin)
-    files = sorted(origin.parent.rglob("*.py")) if origin.name == "__init__.py" else [origin]
-    digest = hashlib.sha256()
-    for file in files:
-        content = file.read_bytes()
-        digest.update(f"{file.relative_to(origin.parent)}:{len(content)}:".encode() + content)
-    return digest.hexdigest()

@@ -16,12 +16,16 @@ from lightning_base.results.read import Run, flatten
 # Of the manifest, what has to agree beside the configuration: the last are the checkpoint that a run started from, and
 # what the configuration file of a model of transformers said.
 COUNTED = ("steps", "sequences", "tokens")
-SHARED = ("corpus_fingerprint", *COUNTED, "git_commit", "python", "packages", "started_from", "architecture")
+# The code, as it is and as it was when earlier steps were computed.
+CODE = ("git_commit", "python", "packages", "sources", "earlier_sources")
+SHARED = ("corpus_fingerprint", *COUNTED, *CODE, "started_from", "architecture")
 # What changes the speed of a run and not its numbers.
 EXECUTED = (*EXECUTION, "world_size", "device")
 # The router's own side of a run: what a comparison is about.
+ROUTER_SOURCES = "sources.router"
 ROUTER = (
     "router",
+    ROUTER_SOURCES,
     "module.loss_coefficients",
     "module.router_init_scale",
     "module.router_learning_rate_factor",
@@ -146,7 +150,8 @@ def shared_setting(run: Run) -> dict[str, Any]:
     ours = tuple(f"callbacks.{name}" for name, node in callbacks if str(node.get("_target_")).startswith(CALLBACKS))
     other = (*ROUTER, *NAMING, *EXECUTION, *ours, "seed")
     configured = {key: run.fields[key] for key in flatten(run.config) if not under(key, other)}
-    return {**run.chosen(SHARED), "device": THREADS.sub("", run.manifest["device"]), **configured}
+    shared = {key: value for key, value in run.chosen(SHARED).items() if not under(key, ROUTER)}
+    return {**shared, "device": THREADS.sub("", run.manifest["device"]), **configured}
 
 
 def varying(described: Sequence[dict[str, Any]]) -> list[str]:
