@@ -1,5 +1,6 @@
 """Routers of another package: named on the command line, written into the certificate, refused where not declared."""
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from lightning_base.program import plugins
 from lightning_base.program.run_directory import RunDirectory
 from lightning_base.program.sources import source_hash
 
+CONF = program.REPOSITORY / "lightning_base" / "conf"
 SOURCE = '''
 import torch
 from pytorch_lightning import Callback
@@ -200,16 +202,47 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "declared_package" / "broken_module.py").write_text("1 / 0\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     yield tmp_path
-    for name in ("declared_package", "shadowing_package", "twice_package"):
+    for name in ("declared_package", "installed_package", "shadowing_package", "twice_package"):
         sys.modules.pop(name, None)
 
 
+def compose(site: str, *arguments: str) -> None:
+    """Prints the routers of a sweep's jobs, as far as the program reads them before it looks at anything else."""
+    # In a fork, which has all of the program.
+    import hydra
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.types import RunMode
+
+    from lightning_base.program.job import plain_config
+    from lightning_base.program.sweep import expand
+
+    sys.path.insert(0, site)
+    GlobalHydra.instance().clear()
+    try:
+        plugins.offer_routers(arguments, CONF / "router")
+        with hydra.initialize_config_dir(str(CONF), version_base="1.3", job_name="train"):
+            opened = GlobalHydra.instance().hydra
+            config = opened.compose_config("config", list(arguments), run_mode=RunMode.MULTIRUN)
+            jobs = [opened.config_loader.load_sweep_config(config, list(job)) for job in expand(config)]
+            print(json.dumps([plain_config(job)["router"] for job in jobs]))
+    except ConfigError as error:
+        print(json.dumps(str(error)))
+
+
+def composed(site: Path, *arguments: str) -> Any:
+    """What ``compose`` prints: the routers, or the sentence that says what is wrong."""
+    out, errors = forks.start_function(compose, str(site), *arguments).communicate(60)
+    assert not errors
+    return json.loads(out)
+
+
 MISTAKES = {
-    "not declared": (["router=declared_package.MyRouter"], "is not declared: add plugins=[declared_package]"),
-    "another package is": (
-        ["plugins=[declared_package]", "router=base,json.JSONDecoder"],
-        "router=json.JSONDecoder is of a package that is not declared",
+    "not declared": (
+        ["router=declared_package.MyRouter"],
+        "router._target_=declared_package.MyRouter is not allowed, since its package is not declared: add "
+        "plugins=[declared_package], or name a router of lightning_base",
     ),
+    "another package is": (["plugins=[declared_package]", "router=base,json.JSONDecoder"], "add plugins=[json]"),
     "not installed": (["plugins=[nowhere_package]"], "plugins=nowhere_package cannot be imported (ModuleNotFoundError"),
     "does not import": (["plugins=[broken_package]"], "broken_package cannot be imported (ZeroDivisionError"),
     "ends the process": (["plugins=[leaving_package]"], "leaving_package cannot be imported (SystemExit: 3)"),
@@ -224,25 +257,66 @@ MISTAKES = {
         "it only passes through declared_package",
     ),
     "no such class": (["plugins=[declared_package]", "router=declared_package.MyRoute"], "does not exist"),
+    "a router of ours by its class": (
+        ["router=lightning_base.routing.switch.Switch"],
+        "router=lightning_base.routing.switch.Switch is of lightning_base, whose routers have short names: "
+        "router=switch",
+    ),
 }
 
 
 @pytest.mark.parametrize("case", MISTAKES)
 def test_a_router_that_cannot_be_used_is_refused(case: str, site: Path) -> None:
     arguments, sentence = MISTAKES[case]
-    with pytest.raises(ConfigError) as error:
-        plugins.store_routers(arguments, ["base"])
-    assert sentence in str(error.value)
-    assert "\n" not in str(error.value)
+    found = composed(site, *arguments)
+    assert sentence in found
+    assert "\n" not in found
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        ["plugins=[declared_package]", "router=switch,declared_package.MyRouter"],
+        ["plugins=[declared_package, json]", "router=switch, declared_package.MyRouter"],
+        ["plugins=['declared_package']", "router=choice(switch,declared_package.MyRouter)"],
+        ["++plugins=[declared_package]", "router=switch,'declared_package.MyRouter'"],
+    ],
+    ids=lambda written: written[1],
+)
+def test_a_plugin_may_be_written_in_every_way_that_hydra_reads(written: list[str], site: Path) -> None:
+    ours, theirs = composed(site, *written)
+    assert ours["_target_"] == "lightning_base.routing.switch.Switch"
+    assert theirs == {"_target_": "declared_package.MyRouter", "num_experts": 8, "offset": 1}
+    assert composed(site, *written, "++router.offset=3")[1]["offset"] == 3
+
+
+FILES = {
+    "a router": "defaults: [{override /router: declared_package.MyRouter}]\nplugins: [declared_package]",
+    "a sweep": "hydra: {sweeper: {params: {router: declared_package.MyRouter}}}\nplugins: [declared_package]",
+    "an entry point": "defaults: [{override /router: theirs}]",
+}
+
+
+@pytest.mark.parametrize("case", FILES)
+def test_a_file_may_declare_a_plugin_and_name_its_router(case: str, site: Path) -> None:
+    (site / "experiment").mkdir()
+    (site / "experiment" / "mine.yaml").write_text(f"# @package _global_\n{FILES[case]}\n")
+    if case == "an entry point":
+        install(site, "installed_package", "theirs")
+    # Without a plus: options are known, or are looked at when the class is.
+    arguments = ["experiment=mine", f"hydra.searchpath=[file://{site}]"]
+    (router,) = composed(site, *arguments, *(["router.offset=3"] if case != "a sweep" else ["++router.offset=3"]))
+    assert router.pop("_target_").endswith("_package.MyRouter")
+    assert router == {"num_experts": 8, "offset": 3}
 
 
 def test_an_installed_router_may_not_have_the_name_of_ours_or_of_another(site: Path) -> None:
     install(site, "shadowing_package", "base")
     with pytest.raises(ConfigError, match="has the name of a router of lightning_base"):
-        plugins.store_routers([], ["base"])
+        plugins.offer_routers([], CONF / "router")
     install(site, "twice_package", "base")
     with pytest.raises(ConfigError, match="two installed packages name a router base"):
-        plugins.store_routers([], [])
+        plugins.offer_routers([], CONF / "router")
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from lightning_base.instantiation import ConfigError, plain_defaults, resolve
 from lightning_base.program.checkpoint import checkpoints
 from lightning_base.program.claim import InUseError, claimed, in_use, is_here_and_alive, read_owner
 from lightning_base.program.config import Config
+from lightning_base.program.plugins import complete
 from lightning_base.program.processes.share import Share
 from lightning_base.program.processes.slurm import MEETING_POINT, meeting_point
 from lightning_base.program.read_config import check_devices, check_loggers, fit_schedule, read_config
@@ -268,9 +269,10 @@ def plain_config(composed: DictConfig) -> dict[str, Any]:
     """The configuration without Hydra's own part, resolved, as plain containers, with the vocabulary that it names.
 
     Raises:
-        ConfigError: a value that has to be given is missing, or the tokenizer cannot be used.
+        ConfigError: a value that has to be given is missing, or a plugin or the tokenizer cannot be used.
     """
     copied = OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
+    complete(copied)
     missing = sorted(OmegaConf.missing_keys(copied))
     if missing:
         raise ConfigError(f"{missing[0]} is missing: give it, as {missing[0]}=...")
