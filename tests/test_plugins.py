@@ -1,6 +1,7 @@
 """Routers of another package: named on the command line, written into the certificate, refused where not declared."""
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,12 @@ import program
 import pytest
 import pytorch_lightning as pl
 
+import lightning_base
 from lightning_base.callbacks.certificate import Certificate
 from lightning_base.instantiation import ConfigError
 from lightning_base.program import plugins
 from lightning_base.program.run_directory import RunDirectory
-from lightning_base.program.sources import source_hash
+from lightning_base.program.sources import git_commit, source_hash
 
 CONF = program.REPOSITORY / "lightning_base" / "conf"
 SOURCE = '''
@@ -110,6 +112,8 @@ def test_a_sweep_over_a_router_of_ours_and_one_of_theirs(small_corpus: list[str]
     # The two packages have the same source, and no compiled file or folder name is in the hash.
     assert installed["source_sha256"] == theirs["source_sha256"]
     assert recorded["installed_package"]["callbacks.mine"] == {"their_package": theirs}
+    own = {"version": lightning_base.__version__, "source_sha256": source_hash("lightning_base")}
+    assert recorded["installed_package"]["program"] == {"lightning_base": own}
     # The same command again has nothing to do, until their source is another.
     assert forks.run(program.command(*arguments), environment=with_packages).returncode == 0
     with open(tmp_path / "site" / "installed_package" / "__init__.py", "a") as file:
@@ -166,7 +170,7 @@ def test_a_run_is_not_half_of_one_router_and_half_of_another(small_corpus: list[
     assert manifest["earlier_sources"] == []
 
 
-def test_steps_of_an_earlier_source_stay_known(tmp_path: Path) -> None:
+def test_steps_of_an_earlier_source_stay_known(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = RunDirectory(tmp_path)
     before, now = ({"router": {"their_package": {"version": "1", "source_sha256": digit * 64}}} for digit in "ab")
     trainer = Mock(pl.Trainer, world_size=1, accumulate_grad_batches=1, global_step=2, is_global_zero=True)
@@ -177,7 +181,32 @@ def test_steps_of_an_earlier_source_stay_known(tmp_path: Path) -> None:
         run.write_manifest(sources=sources)
         certificate.on_train_start(trainer, Mock(pl.LightningModule))
         assert run.manifest()["earlier_sources"] == expected
+        assert ("the code is not that of the steps so far" in capsys.readouterr().err) == bool(expected)
         state = certificate.state_dict()
+
+
+def test_the_commit_is_that_of_the_package_and_not_of_the_repository_it_is_installed_in(tmp_path: Path) -> None:
+    def git(*arguments: str) -> str:
+        who = ("-c", "user.name=me", "-c", "user.email=me@example.org")
+        return subprocess.run(
+            ["git", *who, *arguments], cwd=tmp_path, check=True, capture_output=True, text=True
+        ).stdout
+
+    installed = tmp_path / "lib" / "sources.py"
+    installed.parent.mkdir()
+    installed.write_text("first = 1\n")
+    assert git_commit(installed) is None
+    git("init")
+    (tmp_path / "thesis.tex").write_text("mine")
+    git("add", "thesis.tex")
+    git("commit", "-m", "mine")
+    assert git_commit(installed) is None
+    git("add", "lib")
+    git("commit", "-m", "a copy of the package")
+    commit = git("rev-parse", "HEAD").strip()
+    assert git_commit(installed) == commit
+    installed.write_text("first = 2\n")
+    assert git_commit(installed) == f"{commit}-dirty"
 
 
 @pytest.mark.parametrize("kind", ["a module", "a package", "a folder without an __init__.py"])

@@ -3,6 +3,7 @@
 import hashlib
 import importlib.metadata
 import importlib.util
+import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -12,6 +13,12 @@ from lightning_base.instantiation import resolve
 
 # What a class of somebody's may build on: the certificate has the versions of these, and of this package more.
 KNOWN = frozenset(("lightning_base", "torch", "pytorch_lightning", *sys.stdlib_module_names))
+
+
+def code_sources(config: Mapping[str, Any]) -> dict[str, dict[str, dict[str, str]]]:
+    """``plugin_sources``, and this package under the key ``program``."""
+    released = sys.modules["lightning_base"].__version__  # without an import of what is above this file
+    return {"program": {"lightning_base": source("lightning_base", released)}, **plugin_sources(config)}
 
 
 def plugin_sources(config: Mapping[str, Any]) -> dict[str, dict[str, dict[str, str]]]:
@@ -69,3 +76,21 @@ def source_hash(package: str) -> str:
         content = file.read_bytes()
         digest.update(f"{name}:{len(content)}:".encode() + content)
     return digest.hexdigest()
+
+
+def git_commit(file: Path = Path(__file__)) -> str | None:
+    """The commit of the code that runs, marked if it has been changed since; None where git does not keep it.
+
+    A package that is installed into somebody's repository is none of its files.
+    """
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(["git", *arguments], cwd=file.parent, capture_output=True, text=True, timeout=10)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    if git("ls-files", "--error-unmatch", file.name) is None or (commit := git("rev-parse", "HEAD")) is None:
+        return None
+    return commit + ("-dirty" if git("status", "--porcelain", "--untracked-files=no") else "")

@@ -86,6 +86,7 @@ def cautions(comparison: Comparison) -> list[str]:
     arms, commit = comparison.arms, comparison.setting.get("git_commit")
     changed = "The code had uncommitted changes" if str(commit).endswith("-dirty") else ""
     code = changed if commit else "The commit of the code is unknown"
+    code *= not arms[0].first.chosen(("sources.program",))  # a hash of it is known, and the same in all arms
     runs = [(f"{arm.label}, seed {run.seed}", run) for arm in arms for run in arm.runs]
     ahead = [f"{arm.label} ({mean(arm, final_loss):.4f})" for arm in arms if not arm.causal]
     lacking = [(arm.label, [str(seed) for seed in comparison.seeds if seed not in arm.seeds]) for arm in arms]

@@ -100,7 +100,7 @@ def made_with(comparison: Comparison) -> dict[str, str]:
         **{name.replace("_", " "): f"{corpus[name]:,}" for name in corpus if isinstance(corpus[name], int)},
         "unigram entropy": f"{corpus['unigram_entropy']:.4f} nats" if "unigram_entropy" in corpus else "–",
         **{name.removesuffix("_fingerprint").replace("_", " "): short(shared[name]) for name in BY_SEED},
-        "commit": short(shared.get("git_commit")),
+        "commit": listed(sorted({short(manifest.get("git_commit")) for manifest in manifests})),
         **({"code": listed(code)} if code else {}),
         "device": listed(sorted({manifest["device"] for manifest in manifests})),
         "processes": listed(sorted({str(manifest["world_size"]) for manifest in manifests})),

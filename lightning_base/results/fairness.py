@@ -150,7 +150,9 @@ def shared_setting(run: Run) -> dict[str, Any]:
     ours = tuple(f"callbacks.{name}" for name, node in callbacks if str(node.get("_target_")).startswith(CALLBACKS))
     other = (*ROUTER, *NAMING, *EXECUTION, *ours, "seed")
     configured = {key: run.fields[key] for key in flatten(run.config) if not under(key, other)}
-    shared = {key: value for key, value in run.chosen(SHARED).items() if not under(key, ROUTER)}
+    # The commit says less than a hash of the sources: it changes with a page of documentation.
+    other += ("git_commit",) * bool(run.chosen(("sources.program",)))
+    shared = {key: value for key, value in run.chosen(SHARED).items() if not under(key, other)}
     return {**shared, "device": THREADS.sub("", run.manifest["device"]), **configured}
 
 
