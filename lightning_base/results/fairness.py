@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from lightning_base.program.run_directory import EXECUTION, under
+from lightning_base.program.run_directory import EXECUTION, NAMING, under
 from lightning_base.results.read import Run, flatten
 
 # Of the manifest, what has to agree beside the configuration: the last are the checkpoint that a run started from, and
@@ -31,18 +31,6 @@ ROUTER = (
     "module.router_learning_rate_factor",
     "model.shuffle_tokens",
     "ledger.loss_coefficients",
-)
-# Names and places; they change nothing that is computed.
-NAMING = (
-    "name",
-    "runs_dir",
-    "resume",
-    "plugins",
-    "data.cache_dir",
-    "trainer.progress_bar",
-    "trainer.record_plans",
-    "trainer.keep_checkpoints",
-    "logger",
 )
 # Of this package, they look on.
 CALLBACKS = "lightning_base.callbacks."
@@ -148,7 +136,7 @@ def shared_setting(run: Run) -> dict[str, Any]:
     # Callbacks of somebody else's may change what is computed.
     callbacks = (run.config.get("callbacks") or {}).items()
     ours = tuple(f"callbacks.{name}" for name, node in callbacks if str(node.get("_target_")).startswith(CALLBACKS))
-    other = (*ROUTER, *NAMING, *EXECUTION, *ours, "seed")
+    other = (*ROUTER, *NAMING, *EXECUTION, *ours, "seed", "trainer.record_plans")
     configured = {key: run.fields[key] for key in flatten(run.config) if not under(key, other)}
     # The commit says less than a hash of the sources: it changes with a page of documentation.
     other += ("git_commit",) * bool(run.chosen(("sources.program",)))
