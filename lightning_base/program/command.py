@@ -16,7 +16,7 @@ from lightning_base.instantiation import ConfigError
 from lightning_base.program.config import folder_name
 from lightning_base.program.explain import BAD_INPUT, explain
 from lightning_base.program.job import STARTED, job
-from lightning_base.program.plugins import refuse_shadowed, store_routers
+from lightning_base.program.plugins import offer_routers, refuse_shadowed
 from lightning_base.program.processes.launch import PREEMPTED
 from lightning_base.program.run_directory import RunDirectory
 from lightning_base.program.sweep import CheckSweep, job_name, jobs_are_known
@@ -48,7 +48,7 @@ def main() -> None:
     STARTED.clear()
     try:
         refuse_shadowed(sys.argv[1:], CONF)
-        store_routers(sys.argv[1:], [file.stem for file in (CONF / "router").glob("*.yaml")])
+        offer_routers(sys.argv[1:], CONF / "router")
         with ExitStack() as CheckSweep.display:
             task()
         if mistakes:

@@ -3,8 +3,10 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import combinations
 
 from lightning_base.report import measures
+from lightning_base.report.labels import changed_sources, listed
 from lightning_base.report.measures import Reader, by_seed, final_loss, machine_noise, mean
 from lightning_base.results.fairness import EXECUTED, Arm, Comparison, unequal, varying
 from lightning_base.results.read import Run
@@ -84,6 +86,7 @@ def cautions(comparison: Comparison) -> list[str]:
     arms, commit = comparison.arms, comparison.setting.get("git_commit")
     changed = "The code had uncommitted changes" if str(commit).endswith("-dirty") else ""
     code = changed if commit else "The commit of the code is unknown"
+    code *= not arms[0].first.chosen(("sources.program",))  # a hash of it is known, and the same in all arms
     runs = [(f"{arm.label}, seed {run.seed}", run) for arm in arms for run in arm.runs]
     ahead = [f"{arm.label} ({mean(arm, final_loss):.4f})" for arm in arms if not arm.causal]
     lacking = [(arm.label, [str(seed) for seed in comparison.seeds if seed not in arm.seeds]) for arm in arms]
@@ -125,6 +128,9 @@ def cautions(comparison: Comparison) -> list[str]:
             [arm.label for arm in arms if any(run.status.get("alarms") for run in arm.runs)]
         ),
         "{}: that all arms ran the same code is not certain.": code,
+        "A plugin was changed between runs of one router, which are arms of their own: {}.": "; ".join(
+            changed_sources(combinations(arms, 2))
+        ),
     }
     return [text.format(what) for text, what in found.items() if what]
 
@@ -166,8 +172,3 @@ def not_quiet(arms: Sequence[Arm]) -> dict[Arm, str]:
     """The sign at speeds and times that other work on the machine may have changed."""
     uncertain = {*machine_noise(arms), *measures.side_by_side(arms)}
     return {arm: NOT_QUIET * (arm in uncertain) for arm in arms}
-
-
-def listed(items: Sequence[str]) -> str:
-    """``a``, ``a and b``, ``a, b and c``; nothing for nothing."""
-    return " and ".join([", ".join(items[:-1]), *items[-1:]] if len(items) > 1 else items)

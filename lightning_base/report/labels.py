@@ -1,12 +1,22 @@
 """What arms and comparisons are called: by what tells them apart."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
-from lightning_base.results.fairness import EXECUTED, ROUTER, Arm, Comparison, setting, shared_setting, varying
-from lightning_base.results.read import flatten
+from lightning_base.results.fairness import (
+    EXECUTED,
+    ROUTER,
+    ROUTER_SOURCES,
+    Arm,
+    Comparison,
+    setting,
+    shared_setting,
+    varying,
+)
+from lightning_base.results.read import Run, flatten
 
 
 def labelled(comparison: Comparison) -> Comparison:
@@ -48,7 +58,8 @@ def told_apart(arm: Arm, arms: Sequence[Arm], names: tuple[str, ...]) -> str:
     ``switch`` from one sweep and ``Switch`` from another command are one label.
     """
     alike = [other.first.chosen(names) for other in arms if other.label.lower() == arm.label.lower()]
-    mine = [f"{key.rpartition('.')[2]}={arm.first.fields[key]}" for key in varying(alike) if key in arm.first.fields]
+    fields = arm.first.fields
+    mine = [f"{key.rpartition('.')[2]}={short(fields[key])}" for key in varying(alike) if key in fields]
     return f" ({', '.join(mine)})" if mine else ""
 
 
@@ -72,6 +83,32 @@ def apart(comparison: Comparison, first: Comparison) -> Iterator[str]:
         values = here.get(key), there.get(key)
         mine, theirs = map(short if short(values[0]) != short(values[1]) else str, values)
         yield f"{key}: {mine} here, {theirs} in the first table"
+    yield from changed_sources(product(comparison.arms, first.arms))
+
+
+def changed_sources(pairs: Iterable[tuple[Arm, Arm]]) -> Iterator[str]:
+    """Which of these arms are one router, of a plugin that was changed in between."""
+    for arm, other in pairs:
+        here, there = (run.chosen(("router",)) for run in (arm.first, other.first))
+        mine, theirs = (listed(packages(run, ROUTER_SOURCES)) for run in (arm.first, other.first))
+        if here == there and mine != theirs:
+            yield f"{arm.label} is of {mine or 'an unknown source'}, {other.label} of {theirs or 'an unknown source'}"
+
+
+def packages(run: Run, within: str = "sources") -> list[str]:
+    """The code that a run was made with: ``my_router 1.2 (3f2a…)``."""
+    found = run.chosen((within,))
+    texts = {
+        f"{key.split('.')[-2]} {value} ({short(found[key.replace('.version', '.source_sha256')])})"
+        for key, value in found.items()
+        if key.endswith(".version")
+    }
+    return sorted(texts)
+
+
+def listed(items: Sequence[str]) -> str:
+    """``a``, ``a and b``, ``a, b and c``; nothing for nothing."""
+    return " and ".join([", ".join(items[:-1]), *items[-1:]] if len(items) > 1 else items)
 
 
 def is_configured(comparisons: Sequence[Comparison], key: str) -> bool:
@@ -82,7 +119,7 @@ def short(value: Any) -> str:
     """A value for a sentence; fingerprints and commits by their first digits."""
     if isinstance(value, dict):
         return ", ".join(map(short, value.values()))
-    text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    text = ", ".join(map(short, value)) if isinstance(value, list) else str(value)
     digits, dirty, _ = text.partition("-dirty")
     if len(digits) >= 32 and not set(digits) - set("0123456789abcdef"):
         return f"{digits[:12]}…{dirty}"

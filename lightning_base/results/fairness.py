@@ -10,35 +10,27 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from lightning_base.program.run_directory import EXECUTION, under
+from lightning_base.program.run_directory import EXECUTION, NAMING, under
 from lightning_base.results.read import Run, flatten
 
 # Of the manifest, what has to agree beside the configuration: the last are the checkpoint that a run started from, and
 # what the configuration file of a model of transformers said.
 COUNTED = ("steps", "sequences", "tokens")
-SHARED = ("corpus_fingerprint", *COUNTED, "git_commit", "python", "packages", "started_from", "architecture")
+# The code, as it is and as it was when earlier steps were computed.
+CODE = ("git_commit", "python", "packages", "sources", "earlier_sources")
+SHARED = ("corpus_fingerprint", *COUNTED, *CODE, "started_from", "architecture")
 # What changes the speed of a run and not its numbers.
 EXECUTED = (*EXECUTION, "world_size", "device")
 # The router's own side of a run: what a comparison is about.
+ROUTER_SOURCES = "sources.router"
 ROUTER = (
     "router",
+    ROUTER_SOURCES,
     "module.loss_coefficients",
     "module.router_init_scale",
     "module.router_learning_rate_factor",
     "model.shuffle_tokens",
     "ledger.loss_coefficients",
-)
-# Names and places; they change nothing that is computed.
-NAMING = (
-    "name",
-    "runs_dir",
-    "resume",
-    "plugins",
-    "data.cache_dir",
-    "trainer.progress_bar",
-    "trainer.record_plans",
-    "trainer.keep_checkpoints",
-    "logger",
 )
 # Of this package, they look on.
 CALLBACKS = "lightning_base.callbacks."
@@ -144,9 +136,12 @@ def shared_setting(run: Run) -> dict[str, Any]:
     # Callbacks of somebody else's may change what is computed.
     callbacks = (run.config.get("callbacks") or {}).items()
     ours = tuple(f"callbacks.{name}" for name, node in callbacks if str(node.get("_target_")).startswith(CALLBACKS))
-    other = (*ROUTER, *NAMING, *EXECUTION, *ours, "seed")
+    other = (*ROUTER, *NAMING, *EXECUTION, *ours, "seed", "trainer.record_plans")
     configured = {key: run.fields[key] for key in flatten(run.config) if not under(key, other)}
-    return {**run.chosen(SHARED), "device": THREADS.sub("", run.manifest["device"]), **configured}
+    # The commit says less than a hash of the sources: it changes with a page of documentation.
+    other += ("git_commit",) * bool(run.chosen(("sources.program",)))
+    shared = {key: value for key, value in run.chosen(SHARED).items() if not under(key, other)}
+    return {**shared, "device": THREADS.sub("", run.manifest["device"]), **configured}
 
 
 def varying(described: Sequence[dict[str, Any]]) -> list[str]:

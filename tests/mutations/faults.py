@@ -390,6 +390,27 @@ FAULTS = [
         "report/test_fairness.py",
     ),
     Fault(
+        "seeds of a router before and after it was changed are one arm",
+        "results/fairness.py",
+        '    ROUTER_SOURCES,\n    "module',
+        '    "module',
+        "report/test_fairness.py",
+    ),
+    Fault(
+        "a run goes on with a plugin that has changed",
+        "program/job.py",
+        "if then != now:",
+        "if False:",
+        "test_plugins.py",
+    ),
+    Fault(
+        "the sources of a router are those of its own package alone",
+        "program/sources.py",
+        "for kind in resolve(target, key, object).__mro__}",
+        "for kind in resolve(target, key, object).__mro__[:1]}",
+        "test_plugins.py",
+    ),
+    Fault(
         "a mistake in the last arm of a sweep shows when its turn has come",
         "program/sweep.py",
         "            checked, plain, run = check_job(config, overrides)\n",
