@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from lightning_base.metrics import ExpertLoad
     from lightning_base.moe import Experts, SparseLayer, set_evaluation_mode
     from lightning_base.routing import *  # noqa: F403
+    from lightning_base.routing import Router, RoutingPlan
 
 __version__ = "0.1.0"
 
@@ -23,6 +24,8 @@ __all__ = [
     "ExpertLoad",
     "ExpertLoadLogger",
     "Experts",
+    "Router",
+    "RoutingPlan",
     "SparseLayer",
     "auxiliary_loss",
     "balanced_assignment",

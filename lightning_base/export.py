@@ -65,7 +65,8 @@ def export(path: Path, checkpoint: Path | None = None, target: Path | None = Non
         finally:
             temporary.unlink(missing_ok=True)
         manifest = run.manifest()
-        known = ("corpus_fingerprint", "batch_fingerprint", "initial_weights_fingerprint", "git_commit", "packages")
+        known = ("corpus_fingerprint", "batch_fingerprint", "initial_weights_fingerprint")
+        code = ("git_commit", "packages", "sources")
         write_json(
             target / DESCRIPTION,
             {
@@ -73,7 +74,7 @@ def export(path: Path, checkpoint: Path | None = None, target: Path | None = Non
                 "step": step_of(chosen),
                 "checkpoint": str(chosen),
                 "sha256": digest,
-                **{name: manifest[name] for name in known if name in manifest},
+                **{name: manifest[name] for name in (*known, *code) if name in manifest},
             },
         )
     except (CheckpointError, ConfigError) as error:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from lightning_base.huggingface.layers import sparse_names
 from lightning_base.huggingface.model import HuggingFaceModel
-from lightning_base.huggingface.source import hidden_width, outline, read_config, weights_folder
+from lightning_base.huggingface.source import check_weights, hidden_width, outline, read_config, weights_folder
 from lightning_base.instantiation import ConfigError, check_arguments, require
 from lightning_base.model import Transformer, initialize, sparse_positions
 from lightning_base.moe.experts import Activation
@@ -156,7 +156,10 @@ class HuggingFaceConfig(ModelOptions):
                 f"data.attend_across_documents=false with layers of model.config that take no mask "
                 f"({', '.join(others)}): set it to true"
             )
-        sparse_names(outline(config), self.layers, config.hidden_size)
+        network = outline(config)
+        sparse_names(network, self.layers, config.hidden_size)
+        if (folder := weights_folder(self.config)) is not None:
+            check_weights(folder, network)
         if router.top_k > 1 and self.split_width:
             self._check_split(hidden_width(config), router.top_k)
 

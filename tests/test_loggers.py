@@ -27,7 +27,9 @@ def test_a_logger_whose_package_is_missing_is_answered_with_its_extra(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda module: None)
-    with pytest.raises(ConfigError, match=rf"^logger\.{name}=true needs a package .* -e '\.\[{name}\]', or choose "):
+    with pytest.raises(
+        ConfigError, match=rf"^logger\.{name}=true needs a package .* 'lightning-base\[{name}\]', or choose "
+    ):
         check_loggers(LoggerConfig(**{name: True}))
     check_loggers(LoggerConfig())
 

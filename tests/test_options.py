@@ -1,5 +1,6 @@
 """Options of a run that should change its cost but not its numbers, or that only have to work, in the real program."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import program
 import pytest
 
 from lightning_base.benchmark.bare import configuration
+from lightning_base.instantiation import ConfigError
 from lightning_base.program.build import build_module
 from lightning_base.program.read_config import fit_schedule
 
@@ -115,3 +117,24 @@ def test_a_schedule_that_a_short_run_or_a_low_rate_leaves_no_room_is_cut_and_sai
     assert build_module(config).optimizer_options["warmup_steps"] == 2
     config, _ = configuration(["trainer.max_steps=20", "module.warmup_steps=20", "module.learning_rate=2.5e-4"])
     assert fit_schedule(config) == (config.module, [])
+
+
+def test_a_warm_up_below_one_is_a_share_of_the_run() -> None:
+    for steps, warmup in ((160, 20), (40, 5), (4, 0)):
+        config, _ = configuration([f"trainer.max_steps={steps}"])
+        assert fit_schedule(config) == (dataclasses.replace(config.module, warmup_steps=warmup), [])
+        assert build_module(config).optimizer_options["warmup_steps"] == warmup
+    with pytest.raises(
+        ConfigError, match=r"module\.warmup_steps=1\.5 .* a whole number of steps, or a share of the run"
+    ):
+        configuration(["module.warmup_steps=1.5"])
+
+
+def test_a_coefficient_is_that_of_a_loss_some_router_has() -> None:
+    for router, name in (("switch", "load_balancing_loss"), ("base", "router_z_loss"), ("switch", "importance_loss")):
+        config, _ = configuration([f"router={router}", f"+module.loss_coefficients.{name}=0.5"])
+        assert config.module.loss_coefficients == {name: 0.5}
+    with pytest.raises(
+        ConfigError, match=r"load_balance_loss: no router has such a loss; did you mean load_balancing_lo"
+    ):
+        configuration(["router=switch", "+module.loss_coefficients.load_balance_loss=100.0"])

@@ -1,18 +1,25 @@
 """Routers of another package: named on the command line, written into the certificate, refused where not declared."""
 
+import json
+import subprocess
 import sys
 from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
 
 import forks
 import program
 import pytest
-from hydra.core.config_store import ConfigStore
-from hydra.errors import MissingConfigException
+import pytorch_lightning as pl
 
+import lightning_base
+from lightning_base.callbacks.certificate import Certificate
 from lightning_base.instantiation import ConfigError
 from lightning_base.program import plugins
-from lightning_base.program.explain import explain
+from lightning_base.program.run_directory import RunDirectory
+from lightning_base.program.sources import git_commit, source_hash
 
+CONF = program.REPOSITORY / "lightning_base" / "conf"
 SOURCE = '''
 from dataclasses import replace
 
@@ -132,11 +139,22 @@ def test_a_sweep_over_a_router_of_ours_and_one_of_theirs(small_corpus: list[str]
         assert manifest["result"]["final/mine"] == 7.0
     written = [path.read_text() for path in tmp_path.rglob("mine.csv")]
     assert written == ["2 steps, True"] * 2
-    found = by_router["installed_package.MyRouter"]["plugin"]
-    assert (found["package"], found["version"]) == ("installed_package", "1.2")
+    recorded = {target.partition(".")[0]: manifest["sources"] for target, manifest in by_router.items()}
+    installed, theirs = (recorded[package]["router"][package] for package in ("installed_package", "their_package"))
+    assert (installed["version"], theirs["version"]) == ("1.2", "none")
     # The two packages have the same source, and no compiled file or folder name is in the hash.
-    assert found["source_sha256"] == by_router["their_package.MyRouter"]["plugin"]["source_sha256"]
-    assert by_router["their_package.MyRouter"]["plugin"]["version"] == "none"
+    assert installed["source_sha256"] == theirs["source_sha256"]
+    assert recorded["installed_package"]["callbacks.mine"] == {"their_package": theirs}
+    own = {"version": lightning_base.__version__, "source_sha256": source_hash("lightning_base")}
+    assert recorded["installed_package"]["program"] == {"lightning_base": own}
+    # The same command again has nothing to do, until their source is another.
+    assert forks.run(program.command(*arguments), environment=with_packages).returncode == 0
+    with open(tmp_path / "site" / "installed_package" / "__init__.py", "a") as file:
+        file.write("# more\n")
+    again = forks.run(program.command(*arguments), environment=with_packages)
+    assert again.returncode == 2
+    assert "error: router._target_ is of installed_package, which has changed since the run in " in again.stderr
+    assert f"(version 1.2, source {installed['source_sha256'][:12]} then, version 1.2, source " in again.stderr
 
 
 @pytest.mark.parametrize(
@@ -180,13 +198,103 @@ def test_a_plan_that_is_none_names_the_router(small_corpus: list[str], tmp_path:
     assert beyond.endswith("(Beyond.forward gave expert_index=99: experts are numbered from 0 to 7)")
 
 
-def test_the_hash_of_a_source_changes_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    install(tmp_path, "changing_package")
+FAILS = """
+from their_package import MyRouter
+import torch
+
+
+class Fails(MyRouter):
+    def __init__(self, *, num_experts: int) -> None:
+        super().__init__(num_experts=num_experts)
+        self.register_buffer("step", torch.zeros((), dtype=torch.int64))
+
+    def end_step(self, sums):
+        self.step += 1
+        if self.step == 3:
+            raise RuntimeError("mend me")
+"""
+
+
+def test_a_run_is_not_half_of_one_router_and_half_of_another(small_corpus: list[str], tmp_path: Path) -> None:
+    install(tmp_path, "their_package")
+    source = tmp_path / "failing_router.py"
+    with_packages = {**program.environment(), "PYTHONPATH": f"{program.REPOSITORY}:{tmp_path}"}
+
+    def train(name: str, *more: str) -> tuple[int, str]:
+        arguments = ("plugins=[failing_router]", "router=failing_router.Fails", "trainer.max_steps=4", *more)
+        arguments += ("trainer.checkpoint_every_n_steps=2",)
+        command = program.command(*small_corpus, *arguments, f"runs_dir={tmp_path}/runs", f"name={name}")
+        done = forks.run(command, environment=with_packages)
+        return done.returncode, done.stderr
+
+    for step, name in ((1, "unsaved"), (3, "saved")):
+        source.write_text(FAILS.replace("== 3", f"== {step}"))
+        assert train(name)[0] == 1
+    source.write_text(FAILS.replace("== 3", "== 0"))
+    code, said = train("saved")
+    assert code == 2
+    assert "router._target_ is of failing_router, which has changed since the run" in said
+    assert said.strip().endswith("put it back, choose another name=..., or start over with resume=never")
+    # Nothing that was computed with the old one would be kept.
+    assert train("saved", "resume=never")[0] == 0
+    assert train("unsaved")[0] == 0
+    manifest = program.read(program.only_job(tmp_path / "runs", "saved") / "manifest.json")
+    # What it inherits from counts too.
+    assert list(manifest["sources"]["router"]) == ["failing_router", "their_package"]
+    assert manifest["earlier_sources"] == []
+
+
+def test_steps_of_an_earlier_source_stay_known(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = RunDirectory(tmp_path)
+    before, now = ({"router": {"their_package": {"version": "1", "source_sha256": digit * 64}}} for digit in "ab")
+    trainer = Mock(pl.Trainer, world_size=1, accumulate_grad_batches=1, global_step=2, is_global_zero=True)
+    state: dict[str, Any] = {"layouts": [], "sources": []}
+    for sources, expected in ((before, []), (before, []), (now, [before])):
+        certificate = Certificate(run, {"strategy": {"name": "single"}})
+        certificate.load_state_dict(state)
+        run.write_manifest(sources=sources)
+        certificate.on_train_start(trainer, Mock(pl.LightningModule))
+        assert run.manifest()["earlier_sources"] == expected
+        assert ("the code is not that of the steps so far" in capsys.readouterr().err) == bool(expected)
+        state = certificate.state_dict()
+
+
+def test_the_commit_is_that_of_the_package_and_not_of_the_repository_it_is_installed_in(tmp_path: Path) -> None:
+    def git(*arguments: str) -> str:
+        who = ("-c", "user.name=me", "-c", "user.email=me@example.org")
+        return subprocess.run(
+            ["git", *who, *arguments], cwd=tmp_path, check=True, capture_output=True, text=True
+        ).stdout
+
+    installed = tmp_path / "lib" / "sources.py"
+    installed.parent.mkdir()
+    installed.write_text("first = 1\n")
+    assert git_commit(installed) is None
+    git("init")
+    (tmp_path / "thesis.tex").write_text("mine")
+    git("add", "thesis.tex")
+    git("commit", "-m", "mine")
+    assert git_commit(installed) is None
+    git("add", "lib")
+    git("commit", "-m", "a copy of the package")
+    commit = git("rev-parse", "HEAD").strip()
+    assert git_commit(installed) == commit
+    installed.write_text("first = 2\n")
+    assert git_commit(installed) == f"{commit}-dirty"
+
+
+@pytest.mark.parametrize("kind", ["a module", "a package", "a folder without an __init__.py"])
+def test_the_hash_of_a_source_changes_with_it(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(tmp_path))
-    before = plugins.source_hash("changing_package")
-    with open(tmp_path / "changing_package" / "__init__.py", "a") as file:
-        file.write("# more\n")
-    assert plugins.source_hash("changing_package") != before
+    name = f"changing_{len(kind)}"
+    file = tmp_path / f"{name}.py" if kind == "a module" else tmp_path / name / "part.py"
+    file.parent.mkdir(exist_ok=True)
+    if kind == "a package":
+        (tmp_path / name / "__init__.py").touch()
+    file.write_text("first = 1\n")
+    before = source_hash(name)
+    file.write_text("first = 2\n")
+    assert source_hash(name) != before
 
 
 @pytest.fixture
@@ -197,16 +305,47 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "declared_package" / "broken_module.py").write_text("1 / 0\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     yield tmp_path
-    for name in ("declared_package", "shadowing_package", "twice_package"):
+    for name in ("declared_package", "installed_package", "shadowing_package", "twice_package"):
         sys.modules.pop(name, None)
 
 
+def compose(site: str, *arguments: str) -> None:
+    """Prints the routers of a sweep's jobs, as far as the program reads them before it looks at anything else."""
+    # In a fork, which has all of the program.
+    import hydra
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.types import RunMode
+
+    from lightning_base.program.job import plain_config
+    from lightning_base.program.sweep import expand
+
+    sys.path.insert(0, site)
+    GlobalHydra.instance().clear()
+    try:
+        plugins.offer_routers(arguments, CONF / "router")
+        with hydra.initialize_config_dir(str(CONF), version_base="1.3", job_name="train"):
+            opened = GlobalHydra.instance().hydra
+            config = opened.compose_config("config", list(arguments), run_mode=RunMode.MULTIRUN)
+            jobs = [opened.config_loader.load_sweep_config(config, list(job)) for job in expand(config)]
+            print(json.dumps([plain_config(job)["router"] for job in jobs]))
+    except ConfigError as error:
+        print(json.dumps(str(error)))
+
+
+def composed(site: Path, *arguments: str) -> Any:
+    """What ``compose`` prints: the routers, or the sentence that says what is wrong."""
+    out, errors = forks.start_function(compose, str(site), *arguments).communicate(60)
+    assert not errors
+    return json.loads(out)
+
+
 MISTAKES = {
-    "not declared": (["router=declared_package.MyRouter"], "is not declared: add plugins=[declared_package]"),
-    "another package is": (
-        ["plugins=[declared_package]", "router=base,json.JSONDecoder"],
-        "router=json.JSONDecoder is of a package that is not declared",
+    "not declared": (
+        ["router=declared_package.MyRouter"],
+        "router._target_=declared_package.MyRouter is not allowed, since its package is not declared: add "
+        "plugins=[declared_package], or name a router of lightning_base",
     ),
+    "another package is": (["plugins=[declared_package]", "router=base,json.JSONDecoder"], "add plugins=[json]"),
     "not installed": (["plugins=[nowhere_package]"], "plugins=nowhere_package cannot be imported (ModuleNotFoundError"),
     "does not import": (["plugins=[broken_package]"], "broken_package cannot be imported (ZeroDivisionError"),
     "ends the process": (["plugins=[leaving_package]"], "leaving_package cannot be imported (SystemExit: 3)"),
@@ -220,9 +359,11 @@ MISTAKES = {
         ["plugins=[declared_package]", "router=declared_package.RoutingPlan"],
         "it only passes through declared_package",
     ),
-    "no such class": (
-        ["plugins=[declared_package]", "router=declared_package.MyRoute"],
-        "has no attribute 'MyRoute'; did you mean MyRouter?",
+    "no such class": (["plugins=[declared_package]", "router=declared_package.MyRoute"], "does not exist"),
+    "a router of ours by its class": (
+        ["router=lightning_base.routing.switch.Switch"],
+        "router=lightning_base.routing.switch.Switch is of lightning_base, whose routers have short names: "
+        "router=switch",
     ),
 }
 
@@ -230,34 +371,62 @@ MISTAKES = {
 @pytest.mark.parametrize("case", MISTAKES)
 def test_a_router_that_cannot_be_used_is_refused(case: str, site: Path) -> None:
     arguments, sentence = MISTAKES[case]
-    with pytest.raises(ConfigError) as error:
-        plugins.store_routers(arguments, ["base"])
-    assert sentence in str(error.value)
-    assert "\n" not in str(error.value)
+    found = composed(site, *arguments)
+    assert sentence in found
+    assert "\n" not in found
 
 
-def test_an_installed_router_is_a_choice_and_may_be_a_class_within_a_class(site: Path) -> None:
-    install(site, "declared_package_too", "mine = declared_package_too:Outer.Inner\nhalf")
-    points = site / "declared_package_too-1.2.dist-info" / "entry_points.txt"
-    points.write_text(points.read_text().replace(":MyRouter", ""))
-    plugins.store_routers(["router=mine"], ["base"])
-    stored = ConfigStore.instance().load("router/mine.yaml").node
-    assert stored == {"_target_": "declared_package_too.Outer.Inner", "num_experts": 8, "offset": 1}
-    for name, sentence in {
-        "min": "router=min does not exist; did you mean mine?",
-        "half": "router=half cannot be used: its entry point of lightning_base.routers is declared_package_too, which "
-        "names no class: write half = declared_package_too:MyRouter",
-    }.items():
-        assert explain(MissingConfigException("", f"router/{name}", ["base"])) == sentence
+@pytest.mark.parametrize(
+    "written",
+    [
+        ["plugins=[declared_package]", "router=switch,declared_package.MyRouter"],
+        ["plugins=[declared_package, json]", "router=switch, declared_package.MyRouter"],
+        ["plugins=['declared_package']", "router=choice(switch,declared_package.MyRouter)"],
+        ["++plugins=[declared_package]", "router=switch,'declared_package.MyRouter'"],
+    ],
+    ids=lambda written: written[1],
+)
+def test_a_plugin_may_be_written_in_every_way_that_hydra_reads(written: list[str], site: Path) -> None:
+    ours, theirs = composed(site, *written)
+    assert ours["_target_"] == "lightning_base.routing.switch.Switch"
+    assert theirs == {"_target_": "declared_package.MyRouter", "num_experts": 8, "offset": 1}
+    assert composed(site, *written, "++router.offset=3")[1]["offset"] == 3
+
+
+FILES = {
+    "a router": "defaults: [{override /router: declared_package.MyRouter}]\nplugins: [declared_package]",
+    "a sweep": "hydra: {sweeper: {params: {router: declared_package.MyRouter}}}\nplugins: [declared_package]",
+    "an entry point": "defaults: [{override /router: theirs}]",
+}
+
+
+@pytest.mark.parametrize("case", FILES)
+def test_a_file_may_declare_a_plugin_and_name_its_router(case: str, site: Path) -> None:
+    (site / "experiment").mkdir()
+    (site / "experiment" / "mine.yaml").write_text(f"# @package _global_\n{FILES[case]}\n")
+    if case == "an entry point":
+        install(site, "installed_package", "theirs")
+    # Without a plus: options are known, or are looked at when the class is.
+    arguments = ["experiment=mine", f"hydra.searchpath=[file://{site}]"]
+    (router,) = composed(site, *arguments, *(["router.offset=3"] if case != "a sweep" else ["++router.offset=3"]))
+    assert router.pop("_target_").endswith("_package.MyRouter")
+    assert router == {"num_experts": 8, "offset": 3}
+
+
+def test_a_router_may_be_a_class_within_a_class(site: Path) -> None:
+    plugins.declare(["declared_package"])
+    assert plugins.node_of("declared_package.Outer.Inner")["offset"] == 1
+    with pytest.raises(ConfigError, match="has no attribute 'Iner'; did you mean Inner"):
+        plugins.node_of("declared_package.Outer.Iner")
 
 
 def test_an_installed_router_may_not_have_the_name_of_ours_or_of_another(site: Path) -> None:
     install(site, "shadowing_package", "base")
     with pytest.raises(ConfigError, match="has the name of a router of lightning_base"):
-        plugins.store_routers([], ["base"])
+        plugins.offer_routers([], CONF / "router")
     install(site, "twice_package", "base")
     with pytest.raises(ConfigError, match="two installed packages name a router base"):
-        plugins.store_routers([], [])
+        plugins.offer_routers([], CONF / "router")
 
 
 @pytest.mark.parametrize(
@@ -275,8 +444,9 @@ def test_an_installed_router_may_not_have_the_name_of_ours_or_of_another(site: P
         ),
         ({"one_package": "base"}, ["router=base"], "the router base of one_package.MyRouter"),
         ({"one_package": "mine", "two_package": "mine"}, ["router=mine"], "two installed packages name a router mine"),
+        ({"one_package": "mine"}, ["router=min"], "router=min does not exist; did you mean mine?"),
     ],
-    ids=["does not import", "no router", "a name of ours", "one name twice"],
+    ids=["does not import", "no router", "a name of ours", "one name twice", "nearly an installed one"],
 )
 def test_the_command_answers_with_one_sentence_and_exit_code_2_before_it_writes_anything(
     installed: dict[str, str], arguments: list[str], sentence: str, site: Path, monkeypatch: pytest.MonkeyPatch

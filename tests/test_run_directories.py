@@ -56,7 +56,22 @@ def test_the_same_directory_for_another_configuration_is_refused(finished: tuple
     finally:
         config.write_text(before)
     assert again.returncode == 2
-    assert "holds a run with another module.warmup_steps" in again.stderr
+    assert "holds a run with module.warmup_steps=2, not 1: choose another name=..., or start over with" in again.stderr
+    assert "make" not in again.stderr
+
+
+def test_what_changes_no_number_may_differ_and_another_arm_may_join(
+    finished: tuple[list[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments, folder = finished
+    (folder / "joining_router.py").write_text("from lightning_base import Switch\nclass Joins(Switch): ...\n")
+    monkeypatch.setenv("PYTHONPATH", str(folder), prepend=":")
+    others = [argument for argument in arguments if not argument.startswith("router=")]
+    more = ("plugins=[joining_router]", "router=uniform,switch,joining_router.Joins", "logger=csv")
+    again = program.train(*others, *more)
+    assert again.returncode == 0, again.stderr
+    assert again.stderr.count("skipping") == 2
+    assert "3 of 3 jobs done" in again.stderr
 
 
 def test_a_foreign_directory_is_refused_before_any_training(small_corpus: list[str], tmp_path: Path) -> None:

@@ -16,7 +16,8 @@ from torch import Tensor
 from lightning_base.analysis.measure import LEAST, Findings, LayerFindings, busiest
 from lightning_base.analysis.tables import percent
 from lightning_base.metrics.specialization import coactivation, specialization
-from lightning_base.report.drawing import LINES, LOOK, Picture, chunks, heatmap, lighten, render, router_color
+from lightning_base.report.drawing import LINES, LOOK, chunks, heatmap, lighten, render, router_color
+from lightning_base.report.formats import Picture
 from lightning_base.results.read import printable
 
 DOMAINS_SHOWN = 12

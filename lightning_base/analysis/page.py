@@ -8,8 +8,7 @@ from lightning_base.analysis.measure import LEAST, Findings, LayerFindings
 from lightning_base.analysis.run import FinishedRun
 from lightning_base.analysis.tables import ON_PAGE, Name, attracted_rows, percent, summary_rows
 from lightning_base.analysis.words import lead, missing, sentences
-from lightning_base.report.drawing import Picture
-from lightning_base.report.formats import render
+from lightning_base.report.formats import Picture, render
 
 
 @dataclass(frozen=True)

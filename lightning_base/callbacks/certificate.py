@@ -3,10 +3,9 @@
 import hashlib
 import importlib.metadata
 import platform
-import subprocess
+import sys
 from collections.abc import Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
@@ -17,8 +16,8 @@ from lightning_base.callbacks.tensorboard import card, tensorboard_writer
 from lightning_base.distributed.reduction import over_ranks, rank
 from lightning_base.model import shared_parameters, weights_fingerprint
 from lightning_base.module import LanguageModel
-from lightning_base.program import plugins
 from lightning_base.program.run_directory import RunDirectory
+from lightning_base.program.sources import code_sources, git_commit
 
 PACKAGES = ("torch", "pytorch-lightning", "hydra-core", "omegaconf", "torchmetrics", "numpy", "numba", "tokenizers")
 
@@ -74,6 +73,8 @@ class Certificate(pl.Callback):
         self.run, self.config = run, config
         # How the steps were computed, and from which one on: a run may go on with another number of ranks.
         self.layouts: list[dict[str, Any]] = []
+        # Of the packages whose code has computed them, one after the other.
+        self.sources: list[dict[str, Any]] = []
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         # Before a checkpoint is restored: a resumed run starts from the same initial weights.
@@ -103,7 +104,7 @@ class Certificate(pl.Callback):
             "packages": {name: importlib.metadata.version(name) for name in (*PACKAGES, *pl_module.model.packages)},
             "python": platform.python_version(),
             "git_commit": git_commit(),
-            "plugin": plugins.certificate(self.config["router"]["_target_"]),
+            "sources": code_sources(self.config),
             "world_size": trainer.world_size,
             "device": device_name(pl_module.device),
             "corpus": prepared.statistics,
@@ -126,14 +127,22 @@ class Certificate(pl.Callback):
         before.pop("from_step", None)
         if layout != before:
             self.layouts.append({"from_step": trainer.global_step, **layout})
-        if trainer.is_global_zero:
-            self.run.write_manifest(layouts=self.layouts)
+        if not trainer.is_global_zero:
+            return
+        sources = self.run.manifest()["sources"]
+        if self.sources[-1:] != [sources]:
+            if self.sources:
+                said = "the code is not that of the steps so far: the report will keep this run apart from others"
+                print(f"going on from step {trainer.global_step}, and {said}", file=sys.stderr, flush=True)
+            self.sources.append(sources)
+        self.run.write_manifest(layouts=self.layouts, earlier_sources=self.sources[:-1])
 
     def state_dict(self) -> dict[str, Any]:
-        return {"layouts": self.layouts}
+        return {"layouts": self.layouts, "sources": self.sources}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.layouts = list(state_dict["layouts"])
+        self.sources = list(state_dict.get("sources", [{}]))  # of an older checkpoint nobody knows
 
     def _ledger(self, trainer: pl.Trainer, pl_module: LanguageModel) -> dict[str, Any]:
         model = pl_module.model
@@ -174,23 +183,6 @@ def experts_fingerprint(module: LanguageModel) -> str:
     }
     merged = {key: digest for of_rank in over_ranks(digests) for key, digest in of_rank.items()}
     return hashlib.sha256(repr(sorted(merged.items())).encode()).hexdigest()
-
-
-def git_commit() -> str | None:
-    """The commit of the code that runs, marked if it has been changed since; None outside a repository."""
-    here = Path(__file__).parent
-
-    def git(*arguments: str) -> str | None:
-        try:
-            done = subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, timeout=10)
-        except (OSError, subprocess.TimeoutExpired):
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    commit = git("rev-parse", "HEAD")
-    if commit is None:
-        return None
-    return commit + ("-dirty" if git("status", "--porcelain", "--untracked-files=no") else "")
 
 
 def device_name(device: torch.device) -> str:

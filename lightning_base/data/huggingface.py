@@ -58,7 +58,7 @@ class HuggingFace:
         except ImportError:
             raise CorpusError(
                 "data=huggingface needs the `datasets` library, which is not installed: "
-                "pip install -c constraints.txt 'lightning-base[huggingface]'."
+                "pip install 'lightning-base[huggingface]'."
             ) from None
         folder = Path(self.path).expanduser()
         saved = (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()

@@ -49,6 +49,8 @@ def sparse_names(network: nn.Module, layers: str | Sequence[str], width: int) ->
             matched |= hits
         inner = {name for name in matched if any(name.startswith(f"{other}.") for other in matched)}
         found = [name for name in modules if name in matched - inner]
+    if not found:
+        raise ConfigError("model.layers=[] makes no layer sparse: name one, or take model.layers=every_other")
     for name in found:
         check_feed_forward(name, modules[name], width)
     return found

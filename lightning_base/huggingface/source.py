@@ -144,6 +144,31 @@ def weights_folder(source: str | Mapping[str, Any]) -> Path | None:
     return None
 
 
+def check_weights(folder: Path, network: nn.Module) -> None:
+    """Whether files of weights can be read and fit a model, from their headings alone.
+
+    Names that an architecture stores otherwise are left to ``load``.
+
+    Raises:
+        ConfigError: a file is damaged, or a tensor has another shape.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    shapes = {name: list(value.shape) for name, value in network.state_dict().items()}
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, "pt") as stored:
+                found = {name: stored.get_slice(name).get_shape() for name in stored.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise ConfigError(f"model.config={folder}: {file.name} is damaged ({error}): copy it again") from error
+        for name in sorted(found.keys() & shapes.keys()):
+            if found[name] != shapes[name]:
+                raise ConfigError(
+                    f"model.config={folder}: {name} in {file.name} is of the shape {found[name]}, and {shapes[name]} "
+                    f"by config.json: take both from one model, or give {folder}/config.json to draw new weights"
+                )
+
+
 def draw(config: Any, seed: int) -> nn.Module:
     """A model with the weights that ``transformers`` draws after ``torch.manual_seed(seed)``."""
     with torch.random.fork_rng(devices=[]):

@@ -23,7 +23,8 @@ def max_vio(counts: Counts) -> Value:
 def load_cv(counts: Counts) -> Value:
     """Population standard deviation of n over its mean (Shazeer et al. 2017)."""
     n, mean = _with_mean(counts)
-    return n.std(-1, correction=0) / mean
+    # Not torch's own, which warns where there is no vector at all.
+    return (n - mean.unsqueeze(-1)).square().mean(-1).sqrt() / mean
 
 
 def min_load(counts: Counts) -> Value:

@@ -16,7 +16,7 @@ from lightning_base.program.config import folder_name
 from lightning_base.program.explain import BAD_INPUT, explain, is_mistake
 from lightning_base.program.flags import check_flags
 from lightning_base.program.job import STARTED, job
-from lightning_base.program.plugins import refuse_shadowed, store_routers
+from lightning_base.program.plugins import offer_routers, refuse_shadowed
 from lightning_base.program.processes.launch import PREEMPTED
 from lightning_base.program.run_directory import RunDirectory
 from lightning_base.program.sweep import CheckSweep, job_name, jobs_are_known
@@ -49,7 +49,7 @@ def main() -> None:
     try:
         check_flags(sys.argv[1:])
         refuse_shadowed(sys.argv[1:], CONF)
-        store_routers(sys.argv[1:], [file.stem for file in (CONF / "router").glob("*.yaml")])
+        offer_routers(sys.argv[1:], CONF / "router")
         with ExitStack() as CheckSweep.display:
             task()
         if mistakes:

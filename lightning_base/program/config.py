@@ -16,7 +16,7 @@ if typing.TYPE_CHECKING:
 @dataclass(frozen=True)
 class ModuleConfig:
     learning_rate: float
-    warmup_steps: int = 0
+    warmup_steps: int | float = 0
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     final_learning_rate: float = 0.0
     router_learning_rate_factor: float = 1.0
@@ -33,7 +33,9 @@ class ModuleConfig:
         require(positive, "module.learning_rate", self.learning_rate, "give a number above 0")
         final = 0 <= self.final_learning_rate < math.inf
         require(final, "module.final_learning_rate", self.final_learning_rate, "give 0 or more")
-        require(self.warmup_steps >= 0, "module.warmup_steps", self.warmup_steps, "give 0 or more")
+        warmup = 0 <= self.warmup_steps < 1 or (self.warmup_steps > 0 and isinstance(self.warmup_steps, int))
+        accepted = "give a whole number of steps, or a share of the run below 1"
+        require(warmup, "module.warmup_steps", self.warmup_steps, accepted)
         for key in ("router_learning_rate_factor", "router_init_scale"):
             require(0 < getattr(self, key) < math.inf, f"module.{key}", getattr(self, key), "give a number above 0")
         require(self.weight_decay >= 0, "module.weight_decay", self.weight_decay, "give 0 or more")

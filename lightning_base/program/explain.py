@@ -3,7 +3,6 @@
 import os
 import re
 import traceback
-from collections.abc import Sequence
 from dataclasses import MISSING, fields
 from typing import Any
 
@@ -17,7 +16,6 @@ from omegaconf.errors import OmegaConfBaseException
 from lightning_base.instantiation import ConfigError, did_you_mean
 from lightning_base.program.config import Config
 from lightning_base.program.keys import nearest_keys, possible_keys
-from lightning_base.program.plugins import GROUP, entry_points
 from lightning_base.program.trainer_arguments import without_plus
 
 # What Hydra and OmegaConf find wrong, and what this program does: each has a sentence.
@@ -43,7 +41,7 @@ def explain(error: Exception) -> str:
         return f"{mark.name} is no YAML: {error.problem} in line {mark.line + 1}"
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options is not None:
         group, _, name = error.missing_cfg_file.rpartition("/")
-        return _no_choice(group, name, error.options)
+        return f"{group}={name} does not exist{did_you_mean(name, error.options)}"
     if isinstance(error, OSError):
         # Hydra makes the directories; what goes wrong later on is in a status.json.
         return f"the run directory cannot be used: {error}"
@@ -71,15 +69,6 @@ def explain(error: Exception) -> str:
         if there:
             return f"{there.group(1)} is in the configuration already: leave out the plus"
     return _first_line(text) + (f" ({_first_line(str(cause))})" if cause else "")
-
-
-def _no_choice(group: str, name: str, options: Sequence[str]) -> str:
-    """Of a group of the configuration; for routers, installed ones are choices too."""
-    installed = entry_points() if group == "router" else {}
-    if name in installed:
-        wrong = f"its entry point of {GROUP} is {installed[name]}, which names no class"
-        return f"{group}={name} cannot be used: {wrong}: write {name} = {installed[name]}:MyRouter"
-    return f"{group}={name} does not exist{did_you_mean(name, {*options, *installed})}"
 
 
 def _no_key(error: Exception, key: str) -> str:

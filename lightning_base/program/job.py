@@ -17,18 +17,18 @@ from omegaconf import DictConfig, OmegaConf
 
 from lightning_base.data import CorpusError, described, prepare_for_run, settled
 from lightning_base.instantiation import ConfigError, plain_defaults, resolve
+from lightning_base.program.checkpoint import checkpoints
 from lightning_base.program.claim import InUseError, claimed, in_use, is_here_and_alive, read_owner
 from lightning_base.program.config import Config
+from lightning_base.program.plugins import complete
 from lightning_base.program.processes.share import Share
 from lightning_base.program.processes.slurm import MEETING_POINT, meeting_point
 from lightning_base.program.read_config import check_devices, check_loggers, fit_schedule, read_config
 from lightning_base.program.resume import NEVER, check_resume, start_over
-from lightning_base.program.run_directory import EXECUTION, RunDirectory, under
+from lightning_base.program.run_directory import EXECUTION, NAMING, RunDirectory, under
+from lightning_base.program.sources import plugin_sources
 from lightning_base.program.tree import LIVE_TABLE, node_rank, run_tree, say, shown
 from lightning_base.routing.router import Router
-
-# What a run that goes on may do in another way than it began: nothing that is computed depends on it.
-MAY_CHANGE = (*EXECUTION, "resume", "trainer.progress_bar", "trainer.keep_checkpoints", "data.cache_dir")
 
 # The jobs this process has taken on, for the summary of a run without a sweep.
 STARTED: list[RunDirectory] = []
@@ -111,7 +111,7 @@ def wait_for_config(run: RunDirectory, plain: dict[str, Any], seconds: float) ->
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         ready = run.config.exists() and run.status().get("state") == "running"
-        if ready and not differing_keys(OmegaConf.to_container(OmegaConf.load(run.config)), plain):
+        if ready and not differing(OmegaConf.to_container(OmegaConf.load(run.config)), plain):
             return
         time.sleep(0.5)
     raise ConfigError(
@@ -127,7 +127,7 @@ def check_run_directory(run: RunDirectory, plain: dict[str, Any]) -> bool:
         ConfigError: the directory holds something else, cannot be used, or is in use.
     """
     path = shown(run.path)
-    remedy = "choose another name=..., or remove it (make experiment FRESH=1 does)"
+    remedy = "choose another name=..., or remove it"
     try:
         if run.path.exists() and not run.path.is_dir():
             raise ConfigError(f"the run directory {path} is a file: {remedy}")
@@ -152,10 +152,37 @@ def check_run_directory(run: RunDirectory, plain: dict[str, Any]) -> bool:
         raise ConfigError(in_use(run.path, owner))
     if plain.get("resume") == NEVER and not is_requeued():
         return True
-    different = [key for key in differing_keys(before, plain) if not under(key, MAY_CHANGE)]
+    # Nothing that is computed depends on how and where.
+    different = {k: values for k, values in differing(before, plain).items() if not under(k, (*EXECUTION, *NAMING))}
     if different:
-        raise ConfigError(f"the run directory {path} holds a run with another {', '.join(different)}: {remedy}")
+        texts = [f"{key}={then}, not {now}" for key, (then, now) in different.items()]
+        more = f" and {len(texts) - 3} more" if len(texts) > 3 else ""
+        raise ConfigError(
+            f"the run directory {path} holds a run with {'; '.join(texts[:3])}{more}: choose another name=..., or "
+            "start over with resume=never"
+        )
+    if state == "done" or checkpoints(run.checkpoints):
+        check_sources(run, plain)
     return state != "done"
+
+
+def check_sources(run: RunDirectory, plain: dict[str, Any]) -> None:
+    """Whether the packages of others that a run's steps were computed with are the same still.
+
+    Raises:
+        ConfigError: one is another, and the run would be half of the one and half of the other.
+    """
+    before = run.manifest().get("sources", {})
+    for key, packages in plugin_sources(plain).items():
+        for package, now in packages.items():
+            then = before.get(key, {}).get(package, now)
+            if then != now:
+                texts = [f"version {one['version']}, source {one['source_sha256'][:12]}" for one in (then, now)]
+                raise ConfigError(
+                    f"{key}._target_ is of {package}, which has changed since the run in {shown(run.path)} "
+                    f"({texts[0]} then, {texts[1]} now): put it back, choose another name=..., or start over with "
+                    "resume=never"
+                )
 
 
 def add_younger_options(before: dict[Any, Any], plain: Mapping[str, Any]) -> None:
@@ -177,13 +204,14 @@ def is_requeued() -> bool:
     return os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
 
 
-def differing_keys(a: Any, b: Any, prefix: str = "") -> list[str]:
-    """Dotted keys whose values differ between two plain configurations."""
+def differing(a: Any, b: Any, prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    """Both values of the dotted keys in which two plain configurations differ."""
     if isinstance(a, dict) and isinstance(b, dict):
         keys = sorted(set(a) | set(b), key=str)
-        return [found for key in keys for found in differing_keys(a.get(key), b.get(key), f"{prefix}{key}.")]
+        parts = [differing(a.get(key), b.get(key), f"{prefix}{key}.") for key in keys]
+        return {key: values for part in parts for key, values in part.items()}
     # An option that is younger than the run and not used is no difference.
-    return [] if a == b or (a is None and b == []) else [prefix.rstrip(".")]
+    return {} if a == b or (a is None and b == []) else {prefix.rstrip("."): (a, b)}
 
 
 def check_nodes(config: Config) -> None:
@@ -260,9 +288,10 @@ def plain_config(composed: DictConfig) -> dict[str, Any]:
     """The configuration without Hydra's own part, resolved, as plain containers, with the vocabulary that it names.
 
     Raises:
-        ConfigError: a value that has to be given is missing, or the tokenizer cannot be used.
+        ConfigError: a value that has to be given is missing, or a plugin or the tokenizer cannot be used.
     """
     copied = OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
+    complete(copied)
     missing = sorted(OmegaConf.missing_keys(copied))
     if missing:
         raise ConfigError(f"{missing[0]} is missing: give it, as {missing[0]}=...")

@@ -3,17 +3,19 @@
 A configuration is data: it may name a class of this package, and of those that whoever runs it has declared.
 """
 
-import hashlib
 import importlib
 import importlib.metadata
-import importlib.util
 import inspect
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lightning_base.instantiation import ConfigError, plain_defaults, resolve, trust
+from lightning_base.instantiation import ConfigError, fits, plain_defaults, resolve, trust
 from lightning_base.routing.router import Router
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 GROUP = "lightning_base.routers"
 NUM_EXPERTS = 8  # of the routers in conf/router, for one that asks how many and has no default
@@ -77,40 +79,84 @@ def router_nodes(ours: Iterable[str]) -> dict[str, str]:
     return found
 
 
-def store_routers(arguments: Iterable[str], ours: Iterable[str]) -> None:
+class Routers(dict[str, Any]):
+    """Hydra's group ``router`` beside our files: installed routers by their names, and any ``package.Class``.
+
+    A class of a package that is declared on the command line comes with its options. A file may declare others, which
+    is known when everything is composed: of their classes only the name is given, and ``complete`` adds the options.
+    """
+
+    def __init__(self, ours: Mapping[str, Path], declared: Sequence[str]) -> None:
+        super().__init__({f"{name}.yaml": target for name, target in router_nodes(ours).items()})
+        self.ours, self.declared = ours, declared
+
+    def __contains__(self, file: object) -> bool:
+        return super().__contains__(file) or re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)+\.yaml", str(file)) is not None
+
+    def __getitem__(self, file: str) -> Any:
+        from hydra.core.config_store import ConfigNode
+        from omegaconf import OmegaConf
+
+        target = self.get(file, file.removesuffix(".yaml"))
+        if target.startswith("lightning_base."):
+            named = [name for name, own in self.ours.items() if f"_target_: {target}\n" in own.read_text()]
+            names = ", ".join(named or self.ours)
+            raise ConfigError(f"router={target} is of lightning_base, whose routers have short names: router={names}")
+        if is_declared(target, self.declared):
+            node = OmegaConf.create(node_of(target))
+        else:
+            node = OmegaConf.create({"_target_": target}, flags={"struct": False})  # takes options not known yet
+        return ConfigNode(name=file, node=node, group="router", package=None, provider=GROUP)
+
+
+def offer_routers(arguments: Sequence[str], folder: Path) -> None:
     """Makes ``router=my_package.MyRouter`` and ``router=entry_point`` choices that Hydra knows, without a YAML file.
 
     Args:
         arguments: of the command line; ``plugins=`` among them declares packages.
-        ours: the names of the files in ``conf/router``.
+        folder: our own files.
 
     Raises:
-        ConfigError: a plugin, or a router that is named, cannot be used.
+        ConfigError: a plugin cannot be used.
     """
     from hydra.core.config_store import ConfigStore
 
-    given = [argument.lstrip("+").partition("=") for argument in arguments]
-    declared = [name for key, _, value in given if key == "plugins" for name in value.strip("[]'\"").split(",") if name]
-    installed = router_nodes(ours)
-    if not declared and not installed:
-        chosen = [name for key, _, value in given if key == "router" for name in value.split(",") if "." in name]
-        if chosen:
-            package = chosen[0].partition(".")[0]
-            raise ConfigError(f"router={chosen[0]} is of a package that is not declared: add plugins=[{package}]")
+    declared = typed(arguments, "plugins")
+    routers = Routers({file.stem: file for file in sorted(folder.glob("*.yaml"))}, declared)
+    declare(declared)
+    ConfigStore.instance().repo["router"] = routers
+
+
+def complete(config: "DictConfig") -> None:
+    """Gives the router of a composed configuration the options it does not name, if it is of another package.
+
+    Raises:
+        ConfigError: the package is not declared, or has no such router.
+    """
+    from omegaconf import OmegaConf
+
+    target, declared = (OmegaConf.select(config, key) for key in ("router._target_", "plugins"))
+    if not isinstance(target, str) or target.startswith("lightning_base."):
         return
-    declare([name.strip() for name in declared])
-    for key, _, value in given:
-        for name in value.split(",") if key == "router" else ():
-            target = installed.get(name, name)
-            if "." in target:
-                ConfigStore.instance().store(group="router", name=name, node=node_of(target, declared))
+    if not OmegaConf.is_list(declared) or not fits(list(declared), list[str]):
+        return  # as the schema will say
+    declare(declared)
+    if not is_declared(target, declared):
+        raise ConfigError(
+            f"router._target_={target} is not allowed, since its package is not declared: add "
+            f"plugins=[{target.partition('.')[0]}], or name a router of lightning_base"
+        )
+    config.router = OmegaConf.merge(node_of(target), config.router)
 
 
-def node_of(target: str, declared: Iterable[str]) -> dict[str, Any]:
+def is_declared(target: str, declared: Iterable[str]) -> bool:
+    """Whether a class is an installed router, or of a declared package."""
+    packages = {plugin.partition(".")[0] for plugin in declared}
+    return target.partition(".")[0] in packages or target in entry_points().values()
+
+
+def node_of(target: str) -> dict[str, Any]:
     """The entry of the configuration for a router without a YAML file: its options with their defaults."""
-    package = target.partition(".")[0]
-    if package not in {plugin.partition(".")[0] for plugin in declared} and target not in entry_points().values():
-        raise ConfigError(f"router={target} is of a package that is not declared: add plugins=[{package}]")
     found = resolve(target, "router", Router)
     options = plain_defaults(found)
     if "num_experts" in inspect.signature(found).parameters:
@@ -142,44 +188,19 @@ def refuse_shadowed(arguments: Sequence[str], ours: Path) -> None:
 def added_folders(arguments: Sequence[str]) -> list[Path]:
     """Where Hydra looks for a file after our own folder."""
     from hydra._internal.utils import get_args
-    from hydra.core.override_parser.overrides_parser import OverridesParser
 
     given = get_args(arguments)
     if given.config_path is not None:
         return []  # theirs is the first folder then, on purpose
-    searched = [override for override in given.overrides if override.lstrip("+").startswith("hydra.searchpath=")]
-    found = [] if given.config_dir is None else [given.config_dir]
-    for override in OverridesParser.create().parse_overrides(searched):
-        value = override.value()
-        found += map(str, value) if isinstance(value, list) else []
+    found = [given.config_dir] * (given.config_dir is not None) + typed(arguments, "hydra.searchpath")
     return [Path(folder.removeprefix("file://")) for folder in found if "://" not in folder.removeprefix("file://")]
 
 
-def certificate(target: str) -> dict[str, str] | None:
-    """The package a router comes from, its version, and a hash of its source; None for one of lightning_base.
+def typed(arguments: Sequence[str], key: str) -> list[str]:
+    """The items of the list that a command line gives for a key, as Hydra reads them."""
+    from hydra._internal.utils import get_args
+    from hydra.core.override_parser.overrides_parser import OverridesParser
 
-    A package that is run from a folder has no version. The hash is over all its Python files.
-    """
-    package = target.partition(".")[0]
-    if package == "lightning_base":
-        return None
-    try:
-        distributions = importlib.metadata.packages_distributions().get(package, [])
-        version = importlib.metadata.version(distributions[0]) if distributions else "none"
-    except importlib.metadata.PackageNotFoundError:
-        version = "none"
-    return {"package": package, "version": version, "source_sha256": source_hash(package)}
-
-
-def source_hash(package: str) -> str:
-    """SHA-256 over the names and contents of the Python files of a package, or of a module that is one file."""
-    spec = importlib.util.find_spec(package)
-    if spec is None or spec.origin is None:
-        return "none"
-    origin = Path(spec.origin)
-    files = sorted(origin.parent.rglob("*.py")) if origin.name == "__init__.py" else [origin]
-    digest = hashlib.sha256()
-    for file in files:
-        content = file.read_bytes()
-        digest.update(f"{file.relative_to(origin.parent)}:{len(content)}:".encode() + content)
-    return digest.hexdigest()
+    given = [override for override in get_args(arguments).overrides if override.lstrip("+").startswith(f"{key}=")]
+    values = [override.value() for override in OverridesParser.create().parse_overrides(given)]
+    return [str(item) for value in values if isinstance(value, list) for item in value]

@@ -1,13 +1,14 @@
 """From a composed configuration to the dataclasses of ``config``, checked across fields: a sentence per mistake."""
 
 import dataclasses
+import difflib
 import importlib.util
 import typing
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lightning_base.instantiation import ConfigError, check_arguments, check_node
+from lightning_base.instantiation import ConfigError, check_arguments, check_node, did_you_mean
 from lightning_base.model_options import ModelOptions, read_model
 from lightning_base.moe.shuffle import check_shuffle
 from lightning_base.program.config import Config, LoggerConfig, ModuleConfig, TrainerConfig
@@ -98,10 +99,7 @@ def _check_across(config: Config) -> None:
         sequence_length=config.data.sequence_length,
         within_documents=not config.data.attend_across_documents,
     )
-    for name in config.module.loss_coefficients:
-        # Arms of one sweep share this setting, so a loss that only another router has is no mistake; a misspelt one is.
-        if not name.endswith("_loss"):
-            raise ConfigError(f"module.loss_coefficients.{name} names no loss: e.g. load_balancing_loss")
+    _check_losses(config, router)
     trainer = config.trainer
     if trainer.world_size > 1 and config.strategy.name == "single":
         raise ConfigError(
@@ -139,13 +137,32 @@ def _check_across(config: Config) -> None:
             raise ConfigError(f"module.initial_weights={start}: {problem}; give a checkpoint that a run has left")
 
 
+def _check_losses(config: Config, router: Router) -> None:
+    """Whether every loss that is given a coefficient can be one.
+
+    Arms of one sweep share the coefficients: a loss that only another router has is no mistake, a misspelt one is.
+    """
+    known = {"load_balancing_loss", "router_z_loss", *router.loss_coefficients}
+    classes: list[type[Router]] = [Router]
+    for each in classes:
+        known.update(each.loss_coefficients)
+        classes += each.__subclasses__()
+    # A router of another package may return losses that it does not declare.
+    foreign = config.plugins or not type(router).__module__.startswith("lightning_base.")
+    for name in config.module.loss_coefficients:
+        alike = difflib.get_close_matches(name, known, cutoff=0.8)
+        if name not in known and (alike or not foreign):
+            raise ConfigError(f"module.loss_coefficients.{name}: no router has such a loss{did_you_mean(name, known)}")
+
+
 def fit_schedule(config: Config) -> tuple[ModuleConfig, list[str]]:
-    """The schedule cut to the run where another key leaves it no room, and a sentence for each cut.
+    """The schedule in steps of this run, cut where another key leaves it no room, and a sentence for each cut.
 
     A first try with ``trainer.max_steps=4`` or a low rate should not fail on a default that nobody thought of.
     """
     module, steps = config.module, config.trainer.max_steps
-    cut: dict[str, float] = {}
+    share = module.warmup_steps if module.warmup_steps < 1 else 0
+    cut: dict[str, float] = {"warmup_steps": int(share * steps)} if share else {}
     sentences = []
     if module.warmup_steps > steps:
         cut["warmup_steps"] = steps // 8
@@ -206,5 +223,5 @@ def check_loggers(logger: LoggerConfig) -> None:
         if getattr(logger, name) and importlib.util.find_spec(name) is None:
             raise ConfigError(
                 f"logger.{name}=true needs a package that is not installed: "
-                f".venv/bin/pip install -c constraints.txt -e '.[{name}]', or choose logger=tensorboard"
+                f"pip install 'lightning-base[{name}]', or choose logger=tensorboard"
             )

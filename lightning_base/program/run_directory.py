@@ -24,6 +24,17 @@ EXECUTION = (
     "data.num_workers",
     "strategy",
 )
+# Names and places, and what is shown and kept: they change nothing that is computed.
+NAMING = (
+    "name",
+    "runs_dir",
+    "resume",
+    "plugins",
+    "data.cache_dir",
+    "trainer.progress_bar",
+    "trainer.keep_checkpoints",
+    "logger",
+)
 EVENTS = "tensorboard/events.out.*"
 RESERVE, RESERVED_BYTES = ".reserve", 2**16
 STATES = ("running", "done", "failed", "preempted")

@@ -186,7 +186,7 @@ def check_plugins(config: DictConfig) -> None:
         if package.startswith("hydra_plugins.") and importlib.util.find_spec(package) is None:
             name = config.hydra.runtime.choices[f"hydra/{kind}"]
             extra = package.split("_")[2]
-            how = f": .venv/bin/pip install -c constraints.txt -e '.[{extra}]'" if extra in EXTRAS else ""
+            how = f": pip install 'lightning-base[{extra}]'" if extra in EXTRAS else ""
             raise ConfigError(
                 f"hydra/{kind}={name} needs the package {package.split('.')[1].replace('_', '-')}, which is not "
                 f"installed{how}; or choose hydra/{kind}=basic"
@@ -235,8 +235,17 @@ def first_point(config: DictConfig) -> list[str]:
 
 
 def job_labels(combinations: Sequence[Sequence[str]]) -> list[str]:
-    """What tells the jobs of a sweep apart: the overrides that are not common to all of them."""
-    common = set.intersection(*(set(overrides) for overrides in combinations)) if len(combinations) > 1 else set()
+    """What tells the jobs of a sweep apart: the overrides not common to all of them; of a single job its router.
+
+    >>> job_labels([["router=base", "model=tiny", "seed=1"], ["router=switch", "model=tiny", "seed=1"]])
+    ['base', 'switch']
+    >>> job_labels([["router=switch", "router.capacity_factor=2", "model=tiny"]])
+    ['switch, router.capacity_factor=2']
+    """
+    common = set.intersection(*map(set, combinations))
+    if len(combinations) == 1:
+        of_router = {override for override in common if override.startswith(("router", "arm="))}
+        common = common - of_router if of_router else set()
     distinct = [[override for override in overrides if override not in common] for overrides in combinations]
     return [", ".join(override.removeprefix("router=") for override in overrides) for overrides in distinct]
 

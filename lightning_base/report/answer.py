@@ -2,103 +2,81 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from itertools import combinations
 
 from lightning_base.report import measures
+from lightning_base.report.labels import changed_sources, listed
 from lightning_base.report.measures import Reader, by_seed, final_loss, machine_noise, mean
-from lightning_base.report.words import WORDS
 from lightning_base.results.fairness import EXECUTED, Arm, Comparison, unequal, varying
 from lightning_base.results.read import Run
 from lightning_base.results.statistics import Interval, holm, interval
 
-# Of arms beyond noise, as usual; after Holm's correction.
-LEVEL = 0.05
 # More names than these make a sentence unreadable.
 MOST_NAMED = 6
 # The signs behind names and cells.
 NOT_CAUSAL_IN_TRAINING, NOT_CAUSAL_IN_EVALUATION, NOT_QUIET, OTHER_COST, OTHER_GRADIENT = "†", "‡", "§", "¶", "‖"
 
 
-@dataclass(frozen=True)
-class Contrast:
-    """The loss of ``arm`` minus that of ``other`` over the seeds both have.
+def contrasts(other: Arm, arms: Sequence[Arm], read: Reader = final_loss) -> dict[Arm, Interval]:
+    """The loss of each of some arms minus that of another over the seeds both have; p is corrected for all of these.
 
-    ``p`` is corrected for the contrasts with the same ``other``; nan with one seed.
+    Arms that share no seed with the other, or look ahead, have none.
     """
-
-    arm: Arm
-    other: Arm
-    interval: Interval
-    p: float = math.nan
-
-    @property
-    def decided(self) -> int:
-        """1 if the arm is above the other beyond noise, -1 if below, else 0."""
-        return int(math.copysign(1, self.interval.mean)) if self.p < LEVEL else 0
-
-    @property
-    def text(self) -> str:
-        margin = f" ± {self.interval.margin:.4f}" if self.interval.known else ""
-        return measures.signed(self.interval.mean) + margin
-
-
-def contrasts(other: Arm, arms: Sequence[Arm], read: Reader = final_loss) -> dict[Arm, Contrast]:
-    """Each of some arms against another; arms that share no seed with it, or look ahead, have none."""
-    theirs, found = by_seed(other, read), []
+    theirs, found = by_seed(other, read), {}
     for arm in arms:
         gaps = [loss - theirs[seed] for seed, loss in by_seed(arm, read).items() if seed in theirs]
         finite = list(filter(math.isfinite, gaps))
         if finite and arm is not other and arm.causal and other.causal:
-            found.append(Contrast(arm, other, interval(finite)))
-    corrected = holm([contrast.interval.p for contrast in found])
-    return {contrast.arm: replace(contrast, p=p) for contrast, p in zip(found, corrected, strict=True)}
+            found[arm] = interval(finite)
+    corrected = holm([gap.p for gap in found.values()])
+    return {arm: replace(gap, p=p) for (arm, gap), p in zip(found.items(), corrected, strict=True)}
 
 
-def all_contrasts(comparison: Comparison) -> list[Contrast]:
-    """Every arm against the reference, and BASE against every arm that it has not been held against by that."""
+def all_contrasts(comparison: Comparison) -> dict[Arm, dict[Arm, Interval]]:
+    """By what is subtracted: every arm minus the reference, and every arm but that minus BASE."""
     arms, reference = comparison.arms, comparison.reference
-    found = list(contrasts(reference, arms).values())
-    for base in arms if reference.router != "BASE" else ():
-        if base.router == "BASE":
-            found += contrasts(base, [arm for arm in arms if arm is not reference]).values()
-    return found
+    others = [arm for arm in arms if arm is not reference]
+    bases = [arm for arm in others if arm.router == "BASE" and reference.router != "BASE"]
+    return {reference: contrasts(reference, arms), **{base: contrasts(base, others) for base in bases}}
 
 
 def answer(comparison: Comparison) -> Iterator[str]:
     """One or two sentences: which arms are above and below the reference beyond noise, and where BASE stands."""
-    arms, found = comparison.arms, all_contrasts(comparison)
-    ranked = [f"{arm.label} {mean(arm, final_loss):.4f}" for arm in arms if arm.causal]
-    known = [contrast for contrast in found if contrast.interval.known]
+    found = all_contrasts(comparison)
+    ranked = [f"{arm.label} {mean(arm, final_loss):.4f}" for arm in comparison.arms if arm.causal]
     if not ranked:
         yield "Every arm looks at later tokens in evaluation: none of these losses is that of a language model."
     elif len(ranked) == 1:
         yield f"{ranked[0]} nats per token is the validation loss; there is no other arm to compare it with."
-    elif not known:
+    elif not any(gap.known for gaps in found.values() for gap in gaps.values()):
         texts = f"are {listed(ranked)} nats per token" if len(ranked) <= MOST_NAMED else "stand in the table"
         yield f"One seed does not support a ranking. The validation losses {texts}; seed=1,2,3 gives intervals."
-    for other in dict.fromkeys(contrast.other for contrast in known):
-        mine = [contrast for contrast in known if contrast.other is other]
+    for other, gaps in found.items():
+        known = {arm: gap for arm, gap in gaps.items() if gap.known}
+        if not known:
+            continue
         # Arms minus BASE, turned round: where BASE stands.
         start, words = f"{other.label} is", ("beaten by", "better than", "within the noise of")
         if other is comparison.reference:
-            numbers = sorted({len(contrast.interval.values) for contrast in mine})
+            numbers = sorted({len(gap.values) for gap in known.values()})
             seeds = " to ".join(map(str, dict.fromkeys((numbers[0], numbers[-1]))))
             where = f"{other.label} ({mean(other, final_loss):.4f} nats per token, {seeds} paired seeds)"
             start = f"Against {where}, the validation loss is"
             words = ("lower with", "higher with", "within the noise with")
-        single = [c.arm.label for c in found if c.other is other and not c.interval.known]
+        single = [arm.label for arm in gaps if arm not in known]
         left = f" Not ranked, with one seed in common: {listed(single)}." if single else ""
-        yield f"{start} {placed(mine, words)}.{left}"
+        yield f"{start} {placed(known, words)}.{left}"
 
 
-def placed(found: Sequence[Contrast], words: tuple[str, str, str]) -> str:
+def placed(found: dict[Arm, Interval], words: tuple[str, str, str]) -> str:
     """The arms below, above and not told apart from another, with their differences, the largest first."""
     parts = []
     for sign, word in zip((-1, 1, 0), words, strict=True):
-        group = sorted((c for c in found if c.decided == sign), key=lambda c: -abs(c.interval.mean))
+        group = sorted((arm for arm in found if found[arm].decided == sign), key=lambda arm: -abs(found[arm].mean))
         # Of many, and of those not told apart, labels alone: the figure has the numbers.
         numbers = sign and len(group) <= MOST_NAMED
-        names = [c.arm.label + (f" ({c.text})" if numbers else "") for c in group]
+        names = [arm.label + (f" ({measures.paired(found[arm])})" if numbers else "") for arm in group]
         parts += [f"{word} {listed(names)}"] * bool(names)
     return listed(parts)
 
@@ -108,6 +86,7 @@ def cautions(comparison: Comparison) -> list[str]:
     arms, commit = comparison.arms, comparison.setting.get("git_commit")
     changed = "The code had uncommitted changes" if str(commit).endswith("-dirty") else ""
     code = changed if commit else "The commit of the code is unknown"
+    code *= not arms[0].first.chosen(("sources.program",))  # a hash of it is known, and the same in all arms
     runs = [(f"{arm.label}, seed {run.seed}", run) for arm in arms for run in arm.runs]
     ahead = [f"{arm.label} ({mean(arm, final_loss):.4f})" for arm in arms if not arm.causal]
     lacking = [(arm.label, [str(seed) for seed in comparison.seeds if seed not in arm.seeds]) for arm in arms]
@@ -117,7 +96,6 @@ def cautions(comparison: Comparison) -> list[str]:
     noisy = [
         f"{arm.label} ({noise.slower:.2f} times as long, quartiles {100 * noise.spread:.0f} % of it apart)"
         for arm, noise in machine_noise(arms).items()
-        if noise.disturbed
     ]
     old = [f"{name}, went on from an older checkpoint: {text}" for name, run in runs if (text := passed_over(run))]
     entropy = mean(arms[0], measures.unigram_entropy)
@@ -150,6 +128,9 @@ def cautions(comparison: Comparison) -> list[str]:
             [arm.label for arm in arms if any(run.status.get("alarms") for run in arm.runs)]
         ),
         "{}: that all arms ran the same code is not certain.": code,
+        "A plugin was changed between runs of one router, which are arms of their own: {}.": "; ".join(
+            changed_sources(combinations(arms, 2))
+        ),
     }
     return [text.format(what) for text, what in found.items() if what]
 
@@ -164,13 +145,10 @@ def unequal_costs(arms: Sequence[Arm], name: str) -> str:
 
 def layouts_of(run: Run) -> str:
     """In which layouts the steps of a run were computed, if there are several."""
+    text = "from step {from_step} {strategy} with {world_size} rank{s} and accumulation {accumulation}"
     layouts = run.manifest.get("layouts") or []
-    return ", ".join(
-        f"from step {layout['from_step']} {layout['strategy']} with {layout['world_size']} rank"
-        f"{'s' * (layout['world_size'] != 1)} and accumulation {layout['accumulation']}"
-        for layout in layouts
-        if len(layouts) > 1
-    )
+    found = [text.format(**layout, s="s" * (layout["world_size"] != 1)) for layout in layouts]
+    return ", ".join(found * (len(found) > 1))
 
 
 def passed_over(run: Run) -> str:
@@ -190,27 +168,7 @@ def balance_sentence(comparison: Comparison) -> str:
     return f"The fullest expert of a routing group, worst logged step: {listed(parts)}." if parts else ""
 
 
-def footnotes(comparison: Comparison) -> list[str]:
-    """What the signs in the tables mean; only those that occur."""
-    arms, ways = comparison.arms, [arm.causal_in(mode) for arm in comparison.arms for mode in arm.modes]
-    unless = f", unless marked {NOT_CAUSAL_IN_EVALUATION}" * (not all(ways))
-    occur = {
-        "several": len(comparison.seeds) > 1,
-        "training": not all(arm.causal_in(None) for arm in arms),
-        "evaluation": not all(ways),
-        "gradient": any(arm.straight_through for arm in arms),
-        "noise": any(not_quiet(arms).values()),
-        "cost": any(unequal((arm, comparison.reference), "flops_per_token") for arm in arms),
-    }
-    return [WORDS["notes"][name].format(unless=unless) for name, found in occur.items() if found]
-
-
 def not_quiet(arms: Sequence[Arm]) -> dict[Arm, str]:
     """The sign at speeds and times that other work on the machine may have changed."""
-    shared = measures.side_by_side(arms)
-    return {arm: NOT_QUIET * (noise.disturbed or arm in shared) for arm, noise in machine_noise(arms).items()}
-
-
-def listed(items: Sequence[str]) -> str:
-    """``a``, ``a and b``, ``a, b and c``; nothing for nothing."""
-    return " and ".join([", ".join(items[:-1]), *items[-1:]] if len(items) > 1 else items)
+    uncertain = {*machine_noise(arms), *measures.side_by_side(arms)}
+    return {arm: NOT_QUIET * (arm in uncertain) for arm in arms}

@@ -3,18 +3,14 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from lightning_base.report.answer import answer, cautions, footnotes, listed
-from lightning_base.report.labels import apart, comparison_titles, labelled, short
-from lightning_base.report.tables import Table, tables
-from lightning_base.report.words import WORDS
+from lightning_base.report.answer import answer, cautions
+from lightning_base.report.formats import WORDS, Picture, Table
+from lightning_base.report.labels import apart, comparison_titles, labelled, listed, packages, short
+from lightning_base.report.tables import footnotes, tables
 from lightning_base.results.fairness import BY_SEED, Comparison, compare
 from lightning_base.results.read import LeftOut, ReportError
 from lightning_base.results.verify import sound_runs
-
-if TYPE_CHECKING:  # matplotlib takes a moment
-    from lightning_base.report.drawing import Picture
 
 
 @dataclass(frozen=True)
@@ -34,7 +30,7 @@ class Section:
     notes: list[str]
     made_with: dict[str, str]
     prefix: str
-    pictures: Sequence["Picture"] = ()
+    pictures: Sequence[Picture] = ()
 
     @property
     def labels(self) -> list[str]:
@@ -81,8 +77,8 @@ def build(*directories: Path) -> Document:
             apart=list(apart(comparison, comparisons[0])),
             answer=list(answer(comparison)),
             cautions=cautions(comparison),
-            tables=list(map(explained, tables(comparison))),
-            notes=list(filter(new, footnotes(comparison))),
+            tables=(shown := list(map(explained, tables(comparison)))),
+            notes=list(filter(new, footnotes(shown))),
             made_with=made_with(comparison),
             prefix=f"{i}_" if len(comparisons) > 1 else "",
         )
@@ -95,6 +91,7 @@ def made_with(comparison: Comparison) -> dict[str, str]:
     """What all arms of a table share, by name."""
     shared, manifests = comparison.setting, [arm.first.manifest for arm in comparison.arms]
     corpus = manifests[0].get("corpus") or {}
+    code = sorted({text for arm in comparison.arms for run in arm.runs for text in packages(run)})
     return {
         "seeds": listed(list(map(str, comparison.seeds))),
         "steps": f"{shared['steps']:,} of {shared['sequences'] // max(shared['steps'], 1):,} sequences",
@@ -103,7 +100,8 @@ def made_with(comparison: Comparison) -> dict[str, str]:
         **{name.replace("_", " "): f"{corpus[name]:,}" for name in corpus if isinstance(corpus[name], int)},
         "unigram entropy": f"{corpus['unigram_entropy']:.4f} nats" if "unigram_entropy" in corpus else "–",
         **{name.removesuffix("_fingerprint").replace("_", " "): short(shared[name]) for name in BY_SEED},
-        "commit": short(shared.get("git_commit")),
+        "commit": listed(sorted({short(manifest.get("git_commit")) for manifest in manifests})),
+        **({"code": listed(code)} if code else {}),
         "device": listed(sorted({manifest["device"] for manifest in manifests})),
         "processes": listed(sorted({str(manifest["world_size"]) for manifest in manifests})),
         "Python": str(shared.get("python")),

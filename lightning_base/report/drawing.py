@@ -3,7 +3,6 @@
 import textwrap
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from io import BytesIO
 from typing import Any
 
@@ -13,7 +12,7 @@ from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 
-from lightning_base.report.words import TEMPLATES
+from lightning_base.report.formats import TEMPLATES, Picture
 from lightning_base.results.fairness import Arm
 
 # Colours of Okabe and Ito, which people with any kind of colour vision can tell apart, for those who meet most often;
@@ -43,21 +42,6 @@ SPARE = (("#E69F00", "P"), ("#56B4E9", "X"), ("#999999", "*"), ("#E69F00", "<"),
 LINES = ("-", "--", "-.", ":")
 LAYERS_PER_FIGURE = 4
 LOOK = TEMPLATES / "figures.mplstyle"
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A drawn figure: its file name without a suffix, what one sees in it, and its bytes in two formats.
-
-    ``width`` is in inches, at which its letters have the size of the text around it.
-    """
-
-    name: str
-    title: str
-    caption: str
-    width: float
-    svg: bytes
-    png: bytes
 
 
 def router_color(router: str) -> tuple[str, str]:
@@ -94,12 +78,6 @@ def render(name: str, title: str, caption: str, figure: Figure) -> Picture:
     return Picture(name, title, caption, float(figure.get_figwidth()), svg.getvalue(), png.getvalue())
 
 
-def chart(width: float, height: float) -> tuple[Figure, Axes]:
-    """A figure of so many inches with one panel."""
-    figure = Figure(figsize=(width, height))
-    return figure, figure.subplots()
-
-
 def legend_columns(labels: Iterable[str]) -> int:
     """How many labels fit beside each other under a figure."""
     longest = max(map(len, labels))
@@ -114,12 +92,13 @@ def chunks(layers: Sequence[str]) -> Iterator[tuple[str, Sequence[str]]]:
 
 
 def panels(
-    rows: Sequence[tuple[str, dict[str, Any]]], **options: Any
+    rows: Sequence[tuple[str, dict[str, Any]]], across: str, along: str, **options: Any
 ) -> Iterator[tuple[str, Figure, list[tuple[Axes, Any]]]]:
     """Figures of a row per label and a column per layer; a layer that a row does not have stays empty.
 
     Args:
         rows: labels, and what is drawn by layer.
+        across: what the horizontal axes show, ``along`` the vertical ones.
         options: of ``Figure.subplots``.
 
     Yields:
@@ -134,6 +113,8 @@ def panels(
                 axes.set_title(textwrap.fill(f"{label}: {layer.replace('_', ' ')}", 40), fontsize=10, loc="left")
                 drawn += [(axes, found[layer])] if layer in found else []
                 axes.set_axis_on() if layer in found else axes.set_axis_off()
+        figure.supxlabel(across, fontsize=11)
+        figure.supylabel(along, fontsize=11)
         yield part, figure, drawn
 
 

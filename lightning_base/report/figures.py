@@ -13,9 +13,9 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from lightning_base.report import measures
 from lightning_base.report.answer import contrasts, not_quiet
-from lightning_base.report.drawing import LOOK, Picture, chart, heatmap, legend_columns, panels, render, styles
+from lightning_base.report.drawing import LOOK, heatmap, legend_columns, panels, render, styles
+from lightning_base.report.formats import WORDS, Picture
 from lightning_base.report.measures import CURVE, by_seed, final_loss, mean, speed, validated
-from lightning_base.report.words import WORDS
 from lightning_base.results.fairness import Arm, Comparison, stage_of
 from lightning_base.results.read import Counts
 from lightning_base.results.statistics import margin
@@ -43,26 +43,24 @@ def pictures(comparison: Comparison) -> list[Picture]:
 def differences(comparison: Comparison, looks: Looks) -> Iterator[Picture]:
     """A forest plot: an arm a line, its difference to the reference with its interval, a dot per seed."""
     reference, arms = comparison.reference, comparison.arms
-    found = sorted(contrasts(reference, arms).values(), key=lambda contrast: contrast.interval.mean)
+    found = dict(sorted(contrasts(reference, arms).items(), key=lambda pair: pair[1].mean))
     if not found:
         return
-    figure, axes = chart(5.6, 1.2 + 0.36 * len(found))
+    figure = Figure(figsize=(5.6, 1.2 + 0.36 * len(found)))
+    axes = figure.subplots()
     axes.axvline(0, color="#444444", lw=1)
-    for line, contrast in enumerate(found):
-        gap, color = contrast.interval, looks[contrast.arm]["color"]
-        axes.plot(
-            gap.values, [line - 0.2 * gap.known] * len(gap.values), "o", color=color, ms=4.5, alpha=0.6, mec="none"
-        )
+    for line, (arm, gap) in enumerate(found.items()):
+        color, above = looks[arm]["color"], [line - 0.2 * gap.known] * len(gap.values)
+        axes.plot(gap.values, above, "o", color=color, ms=4.5, alpha=0.6, mec="none")
         if gap.known:
             axes.plot((gap.low, gap.high), (line, line), color=color, lw=2, solid_capstyle="butt")
-            filled = color if contrast.decided else "white"
-            axes.plot(gap.mean, line, "D", color=color, mfc=filled, ms=7, gid=f"difference{arms.index(contrast.arm)}")
-    axes.set_yticks(range(len(found)), [contrast.arm.label for contrast in found])
+            filled = color if gap.decided else "white"
+            axes.plot(gap.mean, line, "D", color=color, mfc=filled, ms=7, gid=f"difference{arms.index(arm)}")
+    axes.set_yticks(range(len(found)), [arm.label for arm in found])
     axes.set(ylim=(len(found) - 0.5, -0.5), xlabel=f"loss minus that of {reference.label} [nats per token]")
     axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.grid(axis="y", visible=False)
-    several = any(contrast.interval.known for contrast in found)
-    caption = CAPTIONS["difference" if several else "difference_of_one_seed"]
+    caption = CAPTIONS["difference" if any(gap.known for gap in found.values()) else "difference_of_one_seed"]
     yield render("difference", f"Difference to {reference.label}", caption, figure)
 
 
@@ -83,7 +81,8 @@ def loss_curves(looks: Looks) -> Iterator[Picture]:
     spread = " Lines are means over seeds, bands their 95 % t intervals." * any(len(arm.runs) > 1 for arm in arms)
     across = legend_columns(arm.label for arm in arms)
     for key, (axis, title) in SHOWN.items():
-        figure, axes = chart(5.4, 4.0 + 0.24 * -(-len(arms) // across))
+        figure = Figure(figsize=(5.4, 4.0 + 0.24 * -(-len(arms) // across)))
+        axes = figure.subplots()
         ends = {}
         for i, (arm, look) in enumerate(looks.items()):
             if runs := validated([arm]):
@@ -110,7 +109,8 @@ def pareto(arms: Sequence[Arm]) -> Iterator[Picture]:
     points = {arm: point for arm, point in found.items() if np.isfinite(point).all()}
     if len(points) < 2:
         return
-    figure, axes = chart(5.6, 4.2)
+    figure = Figure(figsize=(5.6, 4.2))
+    axes = figure.subplots()
     front = pareto_front([point if arm.causal else (0.0, np.inf) for arm, point in points.items()])
     joined = sorted(list(points.values())[i] for i in front)
     axes.plot(*zip(*joined, strict=True), color="#888888", lw=1, ls="--", gid="front")
@@ -145,15 +145,13 @@ def load_bars(looks: Looks) -> Iterator[Picture]:
     """Load of experts in the final evaluation, fullest first: a row per arm and evaluation mode, a column per layer."""
     rows: list[tuple[str, dict[str, Any]]] = []
     for arm, look in looks.items():
-        for mode in arm.modes if arm.sparse else []:
-            found: dict[str, list[np.ndarray]] = {}
-            for run in arm.runs:
-                for layer, counts in run.counts.get(f"{stage_of(arm, mode)}_pass", {}).items():
-                    found.setdefault(layer, []).append(fullest_first(counts))
+        for mode in arm.modes if arm.sparse else ():
+            found = [run.counts.get(f"{stage_of(arm, mode)}_pass", {}) for run in arm.runs]
+            shares = {layer: [fullest_first(each[layer]) for each in found if layer in each] for layer in found[0]}
             label = arm.label + f", {mode}" * (len(arm.modes) > 1)
-            bars = {layer: (np.mean(shares, 0), look["color"]) for layer, shares in found.items()}
-            rows += [(label, bars)] * bool(found)
-    for part, figure, drawn in panels(rows, sharey=True):
+            bars = {layer: (np.mean(share, 0), look["color"]) for layer, share in shares.items()}
+            rows += [(label, bars)] * bool(bars)
+    for part, figure, drawn in panels(rows, "expert, fullest first", "tokens / even share", sharey=True):
         for axes, ((demand_E, load_E), color) in drawn:
             experts = np.arange(len(load_E))
             axes.bar(experts, load_E, color=color, width=0.8)
@@ -161,8 +159,6 @@ def load_bars(looks: Looks) -> Iterator[Picture]:
             axes.axhline(1, color="#444444", lw=1)
             axes.grid(axis="x", visible=False)
             axes.set_xticks(experts[:: max(len(experts) // 8, 1)])
-        figure.supxlabel("expert, fullest first", fontsize=11)
-        figure.supylabel("tokens / even share", fontsize=11)
         title = f"Load per expert in evaluation{part.replace('_', ' ')}"
         yield render(f"load_bars{part}", title, CAPTIONS["load_bars"], figure)
 
@@ -178,17 +174,14 @@ def fullest_first(counts: Counts) -> np.ndarray:
 
 def load_heatmaps(arms: Sequence[Arm]) -> Iterator[Picture]:
     """Demand over training: a row per arm, a column per layer, experts over logged steps."""
-    found = [(arm.label, arm.first.counts.get("train_step", {})) for arm in arms if arm.sparse]
-    rows = [(label, layers) for label, layers in found if layers]
+    rows = [(arm.label, found) for arm in arms if arm.sparse and (found := arm.first.counts.get("train_step"))]
     seed = f" Seed {arms[0].seeds[0]} of {len(arms[0].seeds)}." if len(arms[0].seeds) > 1 else ""
-    for part, figure, drawn in panels(rows):
+    for part, figure, drawn in panels(rows, "step", "expert"):
         for axes, counts in drawn:
             image = heatmap(axes, (counts.demand / np.maximum(counts.demand.mean(1, keepdims=True), 1e-9)).T)
             shown = np.unique(np.linspace(0, len(counts.steps) - 1, min(5, len(counts.steps))).astype(int))
             axes.set_xticks(shown, map(str, counts.steps[shown]))
             axes.set_yticks(sorted({0, counts.demand.shape[1] - 1}))
-        figure.supxlabel("step", fontsize=11)
-        figure.supylabel("expert", fontsize=11)
         shrink = min(1.0, 2 / len(rows))
         figure.colorbar(image, ax=figure.axes, label="demand / even share", extend="max", shrink=shrink)
         title = f"Demand per expert over training{part.replace('_', ' ')}"
@@ -224,7 +217,8 @@ def time_bars(arms: Sequence[Arm]) -> Iterator[Picture]:
     shown = {label: taken for label, taken in times.items() if taken.any()}
     if not shown:
         return
-    figure, axes = chart(7.6, 1.4 + 0.34 * len(shown))
+    figure = Figure(figsize=(7.6, 1.4 + 0.34 * len(shown)))
+    axes = figure.subplots()
     left = np.zeros(len(shown))
     for (phase, color), width in zip(measures.PHASES.items(), np.transpose(list(shown.values())), strict=True):
         axes.barh(list(shown), width, left=left, color=color, label=phase.replace("_", " "), height=0.7)

@@ -1,4 +1,7 @@
-"""One table, and one document, in every format: HTML, Markdown, LaTeX, CSV, and the columns of a terminal."""
+"""One table, and one document, in every format: HTML, Markdown, LaTeX, CSV, and the columns of a terminal.
+
+Templates have what is fixed; ``words.yaml`` what headings mean, what stands above tables, footnotes and captions.
+"""
 
 import base64
 import csv
@@ -6,6 +9,8 @@ import io
 import json
 import re
 import shlex
+from dataclasses import dataclass
+from itertools import groupby, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +19,64 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from markupsafe import escape as escape_html
 
-from lightning_base.report.tables import Strong, Table
-from lightning_base.report.words import TEMPLATES
+from lightning_base.report.measures import Column
 from lightning_base.results.read import printable
 
+TEMPLATES = Path(__file__).with_name("templates")
+WORDS: dict[str, dict[str, str]] = yaml.safe_load((TEMPLATES / "words.yaml").read_text(encoding="utf-8"))
 LATEX = {c: f"\\{c}" for c in "&%$#_{}"} | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}"}
 LATEX |= {"^": r"\textasciicircum{}", "±": r"$\pm$", "−": "$-$", "–": "--", "†": r"\dag{}", "‡": r"\ddag{}"}
 LATEX |= {"§": r"\S{}", "¶": r"\P{}"}
 # Braces are LaTeX's own.
 MARKS: dict[str, Any] = {"block_start_string": "<%", "block_end_string": "%>"}
 MARKS |= {"variable_start_string": "<<", "variable_end_string": ">>"}
+
+
+class Strong(str):
+    """A cell with a difference that is beyond noise."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of cells; the first cell of a row is its heading.
+
+    ``lead`` says, above the table, what was measured; ``figures`` are the beginnings of the names of figures that
+    belong to it; ``help`` explains the headings that stand here for the first time.
+    """
+
+    title: str
+    columns: list[Column]
+    rows: list[list[str]]
+    lead: str = ""
+    figures: tuple[str, ...] = ()
+    help: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def headings(self) -> list[str]:
+        """For formats with one line of headings: one that stands under several groups says which."""
+        names = [column.heading for column in self.columns]
+        return [f"{c.group.partition(':')[0]} " * (names.count(c.heading) > 1) + c.heading for c in self.columns]
+
+    @property
+    def groups(self) -> list[tuple[str, int, int]]:
+        """The headings above the headings, with the first and the last of the columns each spans, counted from 1."""
+        spans = [(group, list(found)) for group, found in groupby(enumerate(self.columns, 1), lambda c: c[1].group)]
+        return [(group, found[0][0], found[-1][0]) for group, found in spans]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A drawn figure: its file name without a suffix, what one sees in it, and its bytes in two formats.
+
+    ``width`` is in inches, at which its letters have the size of the text around it.
+    """
+
+    name: str
+    title: str
+    caption: str
+    width: float
+    svg: bytes
+    png: bytes
 
 
 def render(template: str, *folders: Path, **what: Any) -> str:
@@ -59,14 +112,12 @@ def render(template: str, *folders: Path, **what: Any) -> str:
 
 def columns(table: Table) -> str:
     """A table in columns, headings broken at spaces so that it stays narrow."""
-    words = [name.split() for name in table.headings]
-    height = max(map(len, words))
-    headings = zip(*([""] * (height - len(word)) + word for word in words), strict=True)
+    headings = list(zip_longest(*(name.split()[::-1] for name in table.headings), fillvalue=""))[::-1]
     # By column: each as wide as its widest cell, the first one to the left.
     sized = [(max(map(len, cells)), cells) for cells in zip(*headings, *table.rows, strict=True)]
     grid = [[cell.rjust(width) if j else cell.ljust(width) for cell in cells] for j, (width, cells) in enumerate(sized)]
     lines = ["  ".join(line).rstrip() for line in zip(*grid, strict=True)]
-    return "\n".join([*lines[:height], "-" * len(max(lines, key=len)), *lines[height:]])
+    return "\n".join([*lines[: len(headings)], "-" * len(max(lines, key=len)), *lines[len(headings) :]])
 
 
 def markdown(text: str) -> str:

@@ -1,24 +1,32 @@
 """What arms and comparisons are called: by what tells them apart."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
-from lightning_base.results.fairness import EXECUTED, ROUTER, Arm, Comparison, setting, shared_setting, varying
-from lightning_base.results.read import flatten
+from lightning_base.results.fairness import (
+    EXECUTED,
+    ROUTER,
+    ROUTER_SOURCES,
+    Arm,
+    Comparison,
+    setting,
+    shared_setting,
+    varying,
+)
+from lightning_base.results.read import Run, flatten
 
 
 def labelled(comparison: Comparison) -> Comparison:
     """With one label per arm, no two alike: the sweep's own, with the router's name, and more where needed."""
-    arms = comparison.arms
-    labels = [shorten(arm) for arm in arms]
+    arms = [replace(arm, label=shorten(arm)) for arm in comparison.arms]
     for names in (EXECUTED, ROUTER):
-        labels = tell_apart(labels, [arm.first.chosen(names) for arm in arms])
-    folders = [f" [{arm.first.path.parent.name}/{arm.first.path.name}]" for arm in arms]
-    labels = [label + folder * (labels.count(label) > 1) for label, folder in zip(labels, folders, strict=True)]
-    labelled = (replace(arm, label=label) for arm, label in zip(arms, labels, strict=True))
-    return replace(comparison, arms=tuple(labelled))
+        arms = [replace(arm, label=arm.label + told_apart(arm, arms, names)) for arm in arms]
+    labels = [arm.label for arm in arms]
+    folders = {arm: f" [{'/'.join(arm.first.path.parts[-2:])}]" for arm in arms if labels.count(arm.label) > 1}
+    return replace(comparison, arms=tuple(replace(arm, label=arm.label + folders.get(arm, "")) for arm in arms))
 
 
 def shorten(arm: Arm) -> str:
@@ -44,17 +52,15 @@ def router_name(arm: Arm) -> str:
     return f"{arm.router} of {experiment}/{job.partition(',')[0]}"
 
 
-def tell_apart(labels: list[str], descriptions: list[dict[str, Any]]) -> list[str]:
-    """Adds to labels that occur more than once the described values that differ among their arms.
+def told_apart(arm: Arm, arms: Sequence[Arm], names: tuple[str, ...]) -> str:
+    """The fields under some names that differ among the arms with this arm's label, in brackets.
 
     ``switch`` from one sweep and ``Switch`` from another command are one label.
     """
-    found = []
-    for label, mine in zip(labels, descriptions, strict=True):
-        same = [d for name, d in zip(labels, descriptions, strict=True) if name.lower() == label.lower()]
-        extra = ", ".join(f"{key.rpartition('.')[2]}={mine[key]}" for key in varying(same) if key in mine)
-        found.append(f"{label} ({extra})" if extra else label)
-    return found
+    alike = [other.first.chosen(names) for other in arms if other.label.lower() == arm.label.lower()]
+    fields = arm.first.fields
+    mine = [f"{key.rpartition('.')[2]}={short(fields[key])}" for key in varying(alike) if key in fields]
+    return f" ({', '.join(mine)})" if mine else ""
 
 
 def comparison_titles(comparisons: Sequence[Comparison]) -> list[str]:
@@ -77,6 +83,32 @@ def apart(comparison: Comparison, first: Comparison) -> Iterator[str]:
         values = here.get(key), there.get(key)
         mine, theirs = map(short if short(values[0]) != short(values[1]) else str, values)
         yield f"{key}: {mine} here, {theirs} in the first table"
+    yield from changed_sources(product(comparison.arms, first.arms))
+
+
+def changed_sources(pairs: Iterable[tuple[Arm, Arm]]) -> Iterator[str]:
+    """Which of these arms are one router, of a plugin that was changed in between."""
+    for arm, other in pairs:
+        here, there = (run.chosen(("router",)) for run in (arm.first, other.first))
+        mine, theirs = (listed(packages(run, ROUTER_SOURCES)) for run in (arm.first, other.first))
+        if here == there and mine != theirs:
+            yield f"{arm.label} is of {mine or 'an unknown source'}, {other.label} of {theirs or 'an unknown source'}"
+
+
+def packages(run: Run, within: str = "sources") -> list[str]:
+    """The code that a run was made with: ``my_router 1.2 (3f2a…)``."""
+    found = run.chosen((within,))
+    texts = {
+        f"{key.split('.')[-2]} {value} ({short(found[key.replace('.version', '.source_sha256')])})"
+        for key, value in found.items()
+        if key.endswith(".version")
+    }
+    return sorted(texts)
+
+
+def listed(items: Sequence[str]) -> str:
+    """``a``, ``a and b``, ``a, b and c``; nothing for nothing."""
+    return " and ".join([", ".join(items[:-1]), *items[-1:]] if len(items) > 1 else items)
 
 
 def is_configured(comparisons: Sequence[Comparison], key: str) -> bool:
@@ -87,7 +119,7 @@ def short(value: Any) -> str:
     """A value for a sentence; fingerprints and commits by their first digits."""
     if isinstance(value, dict):
         return ", ".join(map(short, value.values()))
-    text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    text = ", ".join(map(short, value)) if isinstance(value, list) else str(value)
     digits, dirty, _ = text.partition("-dirty")
     if len(digits) >= 32 and not set(digits) - set("0123456789abcdef"):
         return f"{digits[:12]}…{dirty}"

@@ -12,24 +12,11 @@ import numpy as np
 
 from lightning_base.results.fairness import EXECUTED, Arm
 from lightning_base.results.read import Run
-from lightning_base.results.statistics import margin
+from lightning_base.results.statistics import Interval, margin
 
 DASH = "–"
 Reader = Callable[[Run], float | None]
 Form = Callable[[float], str]
-
-
-@dataclass(frozen=True)
-class Measure:
-    """A column under a group of columns: ``read`` finds the number in a run, ``form`` writes it."""
-
-    heading: str
-    group: str
-    read: Reader
-    form: Form
-
-    def cell(self, arm: Arm) -> str:
-        return cell(arm, self.read, self.form)
 
 
 def by_seed(arm: Arm, read: Reader) -> dict[int, float]:
@@ -39,8 +26,7 @@ def by_seed(arm: Arm, read: Reader) -> dict[int, float]:
 
 def mean(arm: Arm, read: Reader) -> float:
     """The mean over seeds, nan if no run has the number."""
-    found = list(by_seed(arm, read).values())
-    return float(np.mean(found)) if found else math.nan
+    return float(np.mean(list(by_seed(arm, read).values()) or [math.nan]))
 
 
 def cell(arm: Arm, read: Reader, form: Form) -> str:
@@ -53,6 +39,23 @@ def cell(arm: Arm, read: Reader, form: Form) -> str:
     if len(set(found)) > 1 and math.isfinite(half := margin(found)):
         text += f" ± {form(half)}"
     return text if len(found) == len(arm.runs) else f"{text} (n={len(found)})"
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of a table; ``group`` stands above the headings of neighbours that share it.
+
+    Of numbers: ``read`` finds them in a run, ``form`` writes them.
+    """
+
+    heading: str
+    group: str = ""
+    read: Reader = lambda run: None
+    form: Form = str
+    words: bool = False
+
+    def cell(self, arm: Arm) -> str:
+        return cell(arm, self.read, self.form)
 
 
 def number(name: str, after: int = 0) -> Reader:
@@ -97,31 +100,23 @@ def validated(arms: Sequence[Arm]) -> list[Run]:
     return [run for arm in arms for run in arm.runs if CURVE in run.series]
 
 
-def loss_at(name: str, spent: float) -> Reader:
+def loss_at(run: Run, name: str, spent: float) -> float | None:
     """The validation loss when so much was spent, between two validations linearly; none before the first."""
-
-    def read(run: Run) -> float | None:
-        before = CURVE not in run.series or spent < cost(run, name)[0]
-        return None if before else float(np.interp(spent, cost(run, name), run.series[CURVE].values))
-
-    return read
+    before = CURVE not in run.series or spent < cost(run, name)[0]
+    return None if before else float(np.interp(spent, cost(run, name), run.series[CURVE].values))
 
 
-def seconds_to(loss: float) -> Reader:
+def seconds_to(run: Run, loss: float) -> float | None:
     """Seconds of training until the curve first is at a loss or below, between two validations linearly.
 
     None for a run that never is, or that is below at its first validation already.
     """
-
-    def read(run: Run) -> float | None:
-        curve = run.series.get(CURVE)
-        if curve is None or curve.values.min() > loss or curve.values[0] < loss:
-            return None
-        i = int(np.argmax(curve.values <= loss))
-        part = slice(max(i - 1, 0), i + 1)
-        return float(np.interp(-loss, -curve.values[part], curve.seconds[part]))
-
-    return read
+    curve = run.series.get(CURVE)
+    if curve is None or curve.values.min() > loss or curve.values[0] < loss:
+        return None
+    i = int(np.argmax(curve.values <= loss))
+    part = slice(max(i - 1, 0), i + 1)
+    return float(np.interp(-loss, -curve.values[part], curve.seconds[part]))
 
 
 # How fast arms trained, and whether that compares.
@@ -140,31 +135,29 @@ def speed(run: Run) -> float | None:
 
 
 class Noise(NamedTuple):
-    """A fixed piece of work was timed between steps: how many times ``slower`` it was than beside the quietest arm.
+    """A fixed piece of work, timed between steps, took longer or was less even than beside the quietest arm.
 
-    ``spread`` is quartile distance / median. ``scaled`` is what the speed might be on a quiet machine; None where it is
-    as it was, or a guess from a few timings.
+    It took ``slower`` times as long, ``spread`` is quartile distance / median. ``scaled`` is what the speed might be on
+    a quiet machine; None where that would be a guess from a few timings.
     """
 
-    slower: float = 1.0
-    spread: float = 0.0
-    disturbed: bool = False
-    scaled: float | None = None
+    slower: float
+    spread: float
+    scaled: float | None
 
 
 def machine_noise(arms: Sequence[Arm]) -> dict[Arm, Noise]:
-    """The noise beside each arm, none where nothing was timed; arms that ran in other ways are held apart."""
-    timed = {arm: [time for run in arm.runs for time in run.values("machine/reference_ms")] for arm in arms}
-    found = dict.fromkeys(arms, Noise())
+    """The noise beside the arms that had some; those that ran in other ways are held apart."""
+    every = {arm: [time for run in arm.runs for time in run.values("machine/reference_ms")] for arm in arms}
+    timed, found = {arm: times for arm, times in every.items() if times}, {}
     for arm, mine in timed.items():
         way = arm.first.chosen(EXECUTED)
-        alike = [times for other, times in timed.items() if times and other.first.chosen(EXECUTED) == way]
-        if mine:
-            (low, middle, high), quiet = (np.quantile(x, QUARTILES) for x in (mine, min(alike, key=np.median)))
-            slower, spread, least = middle / quiet[1], (high - low) / middle, (quiet[2] - quiet[0]) / quiet[1]
-            disturbed = bool(slower > 1 + TOLERANCE or spread > least + TOLERANCE)
-            pace = quartiles(arm.runs) if disturbed and len(mine) >= ENOUGH else []
-            found[arm] = Noise(slower, spread, disturbed, pace[1] * slower if pace else None)
+        alike = [times for other, times in timed.items() if other.first.chosen(EXECUTED) == way]
+        (low, middle, high), quiet = (np.quantile(x, QUARTILES) for x in (mine, min(alike, key=np.median)))
+        slower, spread, least = middle / quiet[1], (high - low) / middle, (quiet[2] - quiet[0]) / quiet[1]
+        if slower > 1 + TOLERANCE or spread > least + TOLERANCE:
+            pace = quartiles(arm.runs) if len(mine) >= ENOUGH else []
+            found[arm] = Noise(slower, spread, pace[1] * slower if pace else None)
     return found
 
 
@@ -184,12 +177,15 @@ def signed(value: float) -> str:
     return f"{value:+.4f}".replace("-", "−")
 
 
+def paired(gap: Interval) -> str:
+    """The same with its margin; with one seed the number alone."""
+    return signed(gap.mean) + (f" ± {gap.margin:.4f}" if gap.known else "")
+
+
 def short_count(value: float) -> str:
     """Four digits and a unit: 8.663 M."""
-    for size, unit in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= size:
-            return f"{value / size:#.4g} {unit}"
-    return f"{value:.4g}"
+    power = sum(abs(value) >= 1000**i for i in range(1, 6))
+    return f"{value / 1000**power:#.4g} {' kMGTP'[power]}" if power else f"{value:.4g}"
 
 
 def percent(value: float) -> str:
@@ -199,31 +195,31 @@ def percent(value: float) -> str:
 ONE, TWO, THREE, FOUR = (f"{{:.{digits}f}}".format for digits in (1, 2, 3, 4))
 WHOLE, PLAIN = "{:,.0f}".format, "{:g}".format
 QUALITY, COST, ROUTING, STEP = "Quality on held-out text", "Cost", "Routing in training", "training, one step"
-LOSS = Measure("validation loss", QUALITY, final_loss, FOUR)
-BITS = Measure("bits per byte", QUALITY, number("result.final/bits_per_byte"), FOUR)
+LOSS = Column("validation loss", QUALITY, final_loss, FOUR)
+BITS = Column("bits per byte", QUALITY, number("result.final/bits_per_byte"), FOUR)
 FULL = (
     LOSS,
-    Measure("under unigram", QUALITY, under_unigram, THREE),
-    Measure("perplexity", QUALITY, number("result.final/perplexity"), ONE),
+    Column("under unigram", QUALITY, under_unigram, THREE),
+    Column("perplexity", QUALITY, number("result.final/perplexity"), ONE),
     BITS,
-    Measure("tokens/s", "Speed", speed, WHOLE),
-    Measure("active parameters", COST, number("ledger.active_parameters"), short_count),
-    Measure("total parameters", COST, number("ledger.parameters"), short_count),
-    Measure("FLOPs/token", COST, number("ledger.flops_per_token"), short_count),
-    Measure("experts", ROUTING, number("ledger.num_experts"), PLAIN),
-    Measure("k", ROUTING, number("ledger.top_k"), PLAIN),
-    Measure("capacity factor", ROUTING, number("ledger.capacity_factor"), PLAIN),
-    Measure("tokens", ROUTING, number("tokens"), WHOLE),
-    Measure("dropped", ROUTING, number("assignments_dropped"), WHOLE),
-    Measure("drop rate", ROUTING, drop_rate, percent),
+    Column("tokens/s", "Speed", speed, WHOLE),
+    Column("active parameters", COST, number("ledger.active_parameters"), short_count),
+    Column("total parameters", COST, number("ledger.parameters"), short_count),
+    Column("FLOPs/token", COST, number("ledger.flops_per_token"), short_count),
+    Column("experts", ROUTING, number("ledger.num_experts"), PLAIN),
+    Column("k", ROUTING, number("ledger.top_k"), PLAIN),
+    Column("capacity factor", ROUTING, number("ledger.capacity_factor"), PLAIN),
+    Column("tokens", ROUTING, number("tokens"), WHOLE),
+    Column("dropped", ROUTING, number("assignments_dropped"), WHOLE),
+    Column("drop rate", ROUTING, drop_rate, percent),
 )
 ROUTED = (
-    Measure("drop rate", "training", drop_rate, percent),
-    Measure("max_vio", "training", number("train_group/max_vio/load/mean"), THREE),
-    Measure("max_vio", "evaluation", number("final_pass/max_vio/load/mean"), THREE),
+    Column("drop rate", "training", drop_rate, percent),
+    Column("max_vio", "training", number("train_group/max_vio/load/mean"), THREE),
+    Column("max_vio", "evaluation", number("final_pass/max_vio/load/mean"), THREE),
 )
 LEAK = tuple(
-    Measure(heading, f"routed as in {stage}", number(f"result.final_causality/leak_{stage}_{way}/max"), percent)
+    Column(heading, f"routed as in {stage}", number(f"result.final_causality/leak_{stage}_{way}/max"), percent)
     for stage in ("training", "evaluation")
     for way, heading in (("expert", "chosen"), ("weight", "gates"), ("drop", "drops"), ("any", "any"))
 )
@@ -240,26 +236,26 @@ PHASES = {
 }
 NAMES = {phase: phase.replace("_", " ") for phase in PHASES} | {"experts": "expert networks"}
 TIME = tuple(
-    Measure(NAMES[phase], "share of a training step", number(f"train_time/share_{phase}", 1), percent)
+    Column(NAMES[phase], "share of a training step", number(f"train_time/share_{phase}", 1), percent)
     for phase in PHASES
 )
 COMPUTE = (
-    Measure("idle, over processes", STEP, number("train_step/idle_fraction/mean", 1), percent),
-    Measure("idle, over experts", STEP, number("train_step/idle_fraction_experts/mean", 1), percent),
-    Measure("batched padding", STEP, number("train_micro_batch/batched_padding/mean", 1), percent),
-    Measure("empty slots", STEP, number("train_step/capacity_padding/mean", 1), percent),
-    Measure("idle, over experts", "evaluation", number("final_pass/idle_fraction_experts/mean"), percent),
-    Measure("idle time, over processes", "measured", number("train_time/idle_fraction", 1), percent),
+    Column("idle, over processes", STEP, number("train_step/idle_fraction/mean", 1), percent),
+    Column("idle, over experts", STEP, number("train_step/idle_fraction_experts/mean", 1), percent),
+    Column("batched padding", STEP, number("train_micro_batch/batched_padding/mean", 1), percent),
+    Column("empty slots", STEP, number("train_step/capacity_padding/mean", 1), percent),
+    Column("idle, over experts", "evaluation", number("final_pass/idle_fraction_experts/mean"), percent),
+    Column("idle time, over processes", "measured", number("train_time/idle_fraction", 1), percent),
 )
 SENT, EXCHANGE = "bytes of a sparse layer, a step and a process", "time of the exchange"
 COMMUNICATION = (
-    Measure("sent", SENT, number("communication/bytes/mean", 1), short_count),
-    Measure("busiest process", SENT, number("communication/busiest_rank/max", 1), THREE),
-    Measure("largest message", SENT, number("communication/largest_message/max", 1), short_count),
-    Measure("uneven dispatch", SENT, number("communication/uneven_dispatch/max", 1), THREE),
-    Measure("ms a layer", EXCHANGE, milliseconds("communication/seconds/mean"), TWO),
-    Measure("ms for the slowest", EXCHANGE, milliseconds("communication/waiting/mean"), TWO),
-    Measure("share of the step", EXCHANGE, number("communication/share", 1), percent),
-    Measure("gradients", "computed", number("communication.gradient_bytes_computed"), short_count),
+    Column("sent", SENT, number("communication/bytes/mean", 1), short_count),
+    Column("busiest process", SENT, number("communication/busiest_rank/max", 1), THREE),
+    Column("largest message", SENT, number("communication/largest_message/max", 1), short_count),
+    Column("uneven dispatch", SENT, number("communication/uneven_dispatch/max", 1), THREE),
+    Column("ms a layer", EXCHANGE, milliseconds("communication/seconds/mean"), TWO),
+    Column("ms for the slowest", EXCHANGE, milliseconds("communication/waiting/mean"), TWO),
+    Column("share of the step", EXCHANGE, number("communication/share", 1), percent),
+    Column("gradients", "computed", number("communication.gradient_bytes_computed"), short_count),
 )
-ALL: Sequence[Measure] = (*FULL, *ROUTED[1:], *LEAK, *TIME, *COMPUTE, *COMMUNICATION)
+ALL: Sequence[Column] = (*FULL, *ROUTED[1:], *LEAK, *TIME, *COMPUTE, *COMMUNICATION)

@@ -2,59 +2,15 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import groupby
+from functools import partial
 
 from lightning_base.report import answer, measures
-from lightning_base.report.measures import DASH, FOUR, THREE, TWO, Measure, cell, machine_noise, number, percent
-from lightning_base.report.words import WORDS
+from lightning_base.report.formats import WORDS, Strong, Table
+from lightning_base.report.measures import DASH, FOUR, THREE, TWO, Column, cell, machine_noise, number, percent
 from lightning_base.results.fairness import Arm, Comparison, stage_of, unequal
-from lightning_base.results.statistics import interval
-
-
-class Strong(str):
-    """A cell with a difference that is beyond noise."""
-
-
-@dataclass(frozen=True)
-class Column:
-    """``group`` stands above the headings of neighbours that share it."""
-
-    heading: str
-    group: str = ""
-    words: bool = False
-
+from lightning_base.results.statistics import Interval, interval
 
 ARM = Column("arm")
-
-
-@dataclass(frozen=True)
-class Table:
-    """Rows of cells; the first cell of a row is its heading.
-
-    ``lead`` says, above the table, what was measured; ``figures`` are the beginnings of the names of figures that
-    belong to it; ``help`` explains the headings that stand here for the first time.
-    """
-
-    title: str
-    columns: list[Column]
-    rows: list[list[str]]
-    lead: str = ""
-    figures: tuple[str, ...] = ()
-    help: tuple[tuple[str, str], ...] = ()
-
-    @property
-    def headings(self) -> list[str]:
-        """For formats with one line of headings: one that stands under several groups says which."""
-        names = [column.heading for column in self.columns]
-        groups = [f"{column.group.partition(':')[0]} " for column in self.columns]
-        return [group * (names.count(name) > 1) + name for group, name in zip(groups, names, strict=True)]
-
-    @property
-    def groups(self) -> list[tuple[str, int, int]]:
-        """The headings above the headings, with the first and the last of the columns each spans, counted from 1."""
-        spans = [(group, list(found)) for group, found in groupby(enumerate(self.columns, 1), lambda c: c[1].group)]
-        return [(group, found[0][0], found[-1][0]) for group, found in spans]
 
 
 def by_column(title: str, cells: dict[Column, list[str]], lead: str = "", figures: tuple[str, ...] = ()) -> Table:
@@ -84,18 +40,18 @@ def tables(comparison: Comparison) -> list[Table]:
 
 def marked(arm: Arm, mode: str | None = None) -> str:
     """The label with the signs of its footnotes; with a ``mode``, the sign for evaluation stands beside that."""
-    training = answer.NOT_CAUSAL_IN_TRAINING * (not arm.causal_in(None))
+    training = answer.NOT_CAUSAL_IN_TRAINING * (not arm.first.ledger["causal_in_training"])
     evaluation = answer.NOT_CAUSAL_IN_EVALUATION * (not arm.causal and not mode)
-    return arm.label + training + evaluation + answer.OTHER_GRADIENT * arm.straight_through
+    return arm.label + training + evaluation + answer.OTHER_GRADIENT * arm.first.ledger.get("straight_through", False)
 
 
 def ahead(arm: Arm, mode: str) -> str:
-    return answer.NOT_CAUSAL_IN_EVALUATION * (not arm.causal_in(mode))
+    return answer.NOT_CAUSAL_IN_EVALUATION * (not arm.modes[mode])
 
 
-def difference(contrast: answer.Contrast | None, flag: str = "") -> str:
-    text = contrast.text + flag if contrast else DASH
-    return Strong(text) if contrast and contrast.decided and not flag else text
+def difference(gap: Interval | None, flag: str = "") -> str:
+    text = measures.paired(gap) + flag if gap else DASH
+    return Strong(text) if gap and gap.decided and not flag else text
 
 
 def short_table(comparison: Comparison) -> Table:
@@ -104,23 +60,27 @@ def short_table(comparison: Comparison) -> Table:
     reference = comparison.reference
     gaps, against = answer.contrasts(reference, arms), f"against {reference.label}"
     losses = [[x for x in measures.by_seed(arm, measures.final_loss).values() if math.isfinite(x)] for arm in arms]
-    dear = [answer.OTHER_COST * unequal((arm, reference), "flops_per_token") for arm in arms]
     cells = {
-        ARM: [marked(arm) + sign for arm, sign in zip(arms, dear, strict=True)],
+        ARM: [marked(arm) + answer.OTHER_COST * unequal((arm, reference), "flops_per_token") for arm in arms],
         Column("seeds"): [f"{len(arm.runs)}" + f" of {seeds}" * (len(arm.runs) < seeds) for arm in arms],
         Column("validation loss"): list(map(measures.LOSS.cell, arms)),
         Column("difference", against): [difference(gaps.get(arm)) for arm in arms],
-        Column("p", against): [
-            f"{gaps[arm].p:.3f}" if arm in gaps and gaps[arm].interval.known else DASH for arm in arms
-        ],
+        Column("p", against): [f"{gaps[arm].p:.3f}" if arm in gaps and gaps[arm].known else DASH for arm in arms],
         Column("between seeds"): [f"{interval(some).spread:.4f}" if len(some) > 1 else DASH for some in losses],
         Column("bits per byte"): list(map(measures.BITS.cell, arms)),
         Column("tokens/s"): [speed_cell(arm) + sign for arm, sign in answer.not_quiet(arms).items()],
-        Column("scaled tokens/s"): [f"{pace:,.0f}" if (pace := noise[arm].scaled) else "" for arm in arms],
-        **{Column(measure.heading, measure.group): list(map(measure.cell, arms)) for measure in measures.ROUTED},
+        Column("scaled tokens/s"): [f"{noise[a].scaled:,.0f}" if a in noise and noise[a].scaled else "" for a in arms],
+        **{column: list(map(column.cell, arms)) for column in measures.ROUTED},
     }
     hidden = ["difference"] * (len(arms) == 1) + ["seeds", "p", "between seeds"] * (seeds == 1)
     return by_column("The arms", {c: v for c, v in cells.items() if c.heading not in hidden}, figures=("difference",))
+
+
+def footnotes(found: Sequence[Table]) -> list[str]:
+    """What the signs in some tables mean; only those that occur."""
+    cells = "".join(text for table in found for row in table.rows for text in row)
+    unless = f", unless marked {answer.NOT_CAUSAL_IN_EVALUATION}" * (answer.NOT_CAUSAL_IN_EVALUATION in cells)
+    return [text.format(unless=unless) for sign, text in WORDS["notes"].items() if sign in cells]
 
 
 def speed_cell(arm: Arm) -> str:
@@ -132,25 +92,20 @@ def speed_cell(arm: Arm) -> str:
 def contrast_table(comparison: Comparison) -> Table:
     """Every paired difference with both of its intervals; nothing for one seed."""
     rows = []
-    for contrast in answer.all_contrasts(comparison):
-        gap = contrast.interval
+    held = [(other, *each) for other, gaps in answer.all_contrasts(comparison).items() for each in gaps.items()]
+    for other, arm, gap in held:
         if gap.known:
             intervals = [" to ".join(map(measures.signed, ends)) for ends in ((gap.low, gap.high), gap.bootstrap())]
             better = f"{sum(value < 0 for value in gap.values)} of {len(gap.values)}"
-            row = [marked(contrast.arm), contrast.other.label, difference(contrast), *intervals]
-            rows.append([*row, f"{contrast.p:.4f}", better])
+            rows.append([marked(arm), other.label, difference(gap), *intervals, f"{gap.p:.4f}", better])
     columns = [ARM, Column("held against", words=True)]
-    columns += [Column(name) for name in ("difference", "t interval", "bootstrap", "p", "better in")]
+    columns += map(Column, ("difference", "t interval", "bootstrap", "p", "better in"))
     return Table("Paired differences: t and bootstrap intervals", columns, rows, WORDS["leads"]["contrasts"])
 
 
 def equal_cost_table(comparison: Comparison) -> Table:
     """The validation loss after equal steps, FLOPs and time, and the time to a loss that all reach."""
-    title, arms, reference = (
-        "Quality at equal steps, FLOPs and time; learning curves",
-        comparison.arms,
-        comparison.reference,
-    )
+    title, arms = "Quality at equal steps, FLOPs and time; learning curves", comparison.arms
     runs, ranked = measures.validated(arms), measures.validated([a for a in arms if a.causal] or arms)
     if not ranked:
         return Table(title, [], [])
@@ -160,17 +115,16 @@ def equal_cost_table(comparison: Comparison) -> Table:
     signs = answer.not_quiet(arms)
     losses, gaps = {}, {}
     for name, spent in budgets.items():
-        read, sign = measures.loss_at(name, spent), signs if name == "time" else dict.fromkeys(arms, "")
-        found = answer.contrasts(reference, arms, read)
+        read = partial(measures.loss_at, name=name, spent=spent)
+        sign = signs if name == "time" else dict.fromkeys(arms, "")
+        found = answer.contrasts(comparison.reference, arms, read)
         losses[Column(name, "validation loss at equal")] = [cell(arm, read, FOUR) + sign[arm] for arm in arms]
-        gaps[Column(name, f"difference to {reference.label}")] = [difference(found.get(a), sign[a]) for a in arms]
-    seconds = [cell(arm, measures.seconds_to(target), TWO) + signs[arm] for arm in arms]
-    cells = {
-        ARM: list(map(marked, arms)),
-        **losses,
-        **(gaps if len(arms) > 1 else {}),
-        Column("seconds to loss"): seconds,
-    }
+        if len(arms) > 1:
+            against = f"difference to {comparison.reference.label}"
+            gaps[Column(name, against)] = [difference(found.get(arm), sign[arm]) for arm in arms]
+    reach = partial(measures.seconds_to, loss=target)
+    seconds = {Column("seconds to loss"): [cell(arm, reach, TWO) + signs[arm] for arm in arms]}
+    cells = {ARM: list(map(marked, arms)), **losses, **gaps, **seconds}
     part = arms[0].first.fields.get("data.validation_sequences")
     sampled = ", over a sample of the text, so that it ends beside the final loss" if part else ""
     said = {**budgets, "FLOPs": measures.short_count(budgets["FLOPs"]), "sampled": sampled, "target": target}
@@ -178,11 +132,11 @@ def equal_cost_table(comparison: Comparison) -> Table:
 
 
 def measure_table(
-    title: str, shown: Sequence[Measure], arms: Sequence[Arm], lead: str = "", figures: tuple[str, ...] = ()
+    title: str, shown: Sequence[Column], arms: Sequence[Arm], lead: str = "", figures: tuple[str, ...] = ()
 ) -> Table:
-    """A row per arm and a column per measure; measures that no arm has are left out, and arms that have none."""
-    having = [arm for arm in arms if any(measure.cell(arm) != DASH for measure in shown)]
-    cells = {Column(measure.heading, measure.group): list(map(measure.cell, having)) for measure in shown}
+    """A row per arm and a column of numbers; columns that no arm has are left out, and arms that have none."""
+    having = [arm for arm in arms if any(column.cell(arm) != DASH for column in shown)]
+    cells = {column: list(map(column.cell, having)) for column in shown}
     measured = {column: found for column, found in cells.items() if set(found) != {DASH}}
     return by_column(title, {ARM: list(map(marked, having)), **measured}, lead, figures)
 

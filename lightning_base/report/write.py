@@ -11,9 +11,8 @@ from typing import Any
 
 from lightning_base.instantiation import did_you_mean
 from lightning_base.report.document import build
-from lightning_base.report.formats import render, table_csv
+from lightning_base.report.formats import WORDS, render, table_csv
 from lightning_base.report.tables import numbers_table
-from lightning_base.report.words import WORDS
 from lightning_base.results.read import ReportError
 
 FIGURES = "report_files"

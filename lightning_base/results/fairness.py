@@ -10,35 +10,27 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from lightning_base.program.run_directory import EXECUTION, under
+from lightning_base.program.run_directory import EXECUTION, NAMING, under
 from lightning_base.results.read import Run, flatten
 
 # Of the manifest, what has to agree beside the configuration: the last are the checkpoint that a run started from, and
 # what the configuration file of a model of transformers said.
 COUNTED = ("steps", "sequences", "tokens")
-SHARED = ("corpus_fingerprint", *COUNTED, "git_commit", "python", "packages", "started_from", "architecture")
+# The code, as it is and as it was when earlier steps were computed.
+CODE = ("git_commit", "python", "packages", "sources", "earlier_sources")
+SHARED = ("corpus_fingerprint", *COUNTED, *CODE, "started_from", "architecture")
 # What changes the speed of a run and not its numbers.
 EXECUTED = (*EXECUTION, "world_size", "device")
 # The router's own side of a run: what a comparison is about.
+ROUTER_SOURCES = "sources.router"
 ROUTER = (
     "router",
+    ROUTER_SOURCES,
     "module.loss_coefficients",
     "module.router_init_scale",
     "module.router_learning_rate_factor",
     "model.shuffle_tokens",
     "ledger.loss_coefficients",
-)
-# Names and places; they change nothing that is computed.
-NAMING = (
-    "name",
-    "runs_dir",
-    "resume",
-    "plugins",
-    "data.cache_dir",
-    "trainer.progress_bar",
-    "trainer.record_plans",
-    "trainer.keep_checkpoints",
-    "logger",
 )
 # Of this package, they look on.
 CALLBACKS = "lightning_base.callbacks."
@@ -67,9 +59,9 @@ class Arm:
         return tuple(run.seed for run in self.runs)
 
     @property
-    def modes(self) -> list[str]:
-        """The ways in which the validation text was routed; the first one counts."""
-        return list(self.first.ledger["evaluation_modes"])
+    def modes(self) -> dict[str, bool]:
+        """The ways in which the validation text was routed, and whether they never look ahead; the first one counts."""
+        return dict(self.first.ledger["evaluation_modes"])
 
     @property
     def sparse(self) -> bool:
@@ -77,19 +69,9 @@ class Arm:
         return bool(self.first.ledger["num_experts"] > 1)
 
     @property
-    def straight_through(self) -> bool:
-        """Whether it is declared to learn from another gradient than that of its gates' values."""
-        return bool(self.first.ledger.get("straight_through", False))
-
-    @property
     def causal(self) -> bool:
         """Whether its validation loss is that of a language model, which does not look at later tokens."""
-        return self.causal_in(self.modes[0])
-
-    def causal_in(self, mode: str | None) -> bool:
-        """Whether a way of routing never looks at later tokens; None is training."""
-        ledger = self.first.ledger
-        return bool(ledger["causal_in_training"] if mode is None else ledger["evaluation_modes"][mode])
+        return next(iter(self.modes.values()))
 
 
 @dataclass(frozen=True)
@@ -120,11 +102,10 @@ def compare(runs: list[Run]) -> list[Comparison]:
         return sides[run] == sides[arm[0]] and run.seed not in [other.seed for other in arm]
 
     arms = [Arm(tuple(sorted(found, key=lambda run: run.seed))) for found in gather(runs, repeats)]
-    place = {arm: i for i, arm in enumerate(arms)}
     # Those with most seeds first, so that a table has a seed in common wherever there is one.
     groups = gather(sorted(arms, key=lambda arm: -len(arm.runs)), belongs)
-    ordered = [sorted(group, key=lambda arm: place[arm]) for group in groups]
-    ordered.sort(key=lambda group: (-len(group), place[group[0]]))
+    ordered = [sorted(group, key=arms.index) for group in groups]
+    ordered.sort(key=lambda group: (-len(group), arms.index(group[0])))
     return [Comparison(tuple(group), setting(group)) for group in ordered]
 
 
@@ -155,9 +136,12 @@ def shared_setting(run: Run) -> dict[str, Any]:
     # Callbacks of somebody else's may change what is computed.
     callbacks = (run.config.get("callbacks") or {}).items()
     ours = tuple(f"callbacks.{name}" for name, node in callbacks if str(node.get("_target_")).startswith(CALLBACKS))
-    other = (*ROUTER, *NAMING, *EXECUTION, *ours, "seed")
+    other = (*ROUTER, *NAMING, *EXECUTION, *ours, "seed", "trainer.record_plans")
     configured = {key: run.fields[key] for key in flatten(run.config) if not under(key, other)}
-    return {**run.chosen(SHARED), "device": THREADS.sub("", run.manifest["device"]), **configured}
+    # The commit says less than a hash of the sources: it changes with a page of documentation.
+    other += ("git_commit",) * bool(run.chosen(("sources.program",)))
+    shared = {key: value for key, value in run.chosen(SHARED).items() if not under(key, other)}
+    return {**shared, "device": THREADS.sub("", run.manifest["device"]), **configured}
 
 
 def varying(described: Sequence[dict[str, Any]]) -> list[str]:
@@ -168,7 +152,7 @@ def varying(described: Sequence[dict[str, Any]]) -> list[str]:
 
 def stage_of(arm: Arm, mode: str) -> str:
     """How the names of what an evaluation mode logged begin."""
-    return "final" if mode == arm.modes[0] else f"final_{mode}"
+    return "final" if mode == next(iter(arm.modes)) else f"final_{mode}"
 
 
 def unequal(arms: Sequence[Arm], name: str, tolerance: float = 0.01) -> bool:

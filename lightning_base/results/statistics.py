@@ -12,6 +12,8 @@ import numpy as np
 from scipy import stats
 
 CONFIDENCE = 0.95
+# Of what is beyond noise, as usual.
+LEVEL = 0.05
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,11 @@ class Interval:
     def known(self) -> bool:
         """Whether there are seeds enough for an interval."""
         return len(self.values) > 1
+
+    @property
+    def decided(self) -> int:
+        """1 if the mean is above zero beyond noise, -1 if below, else 0."""
+        return int(math.copysign(1, self.mean)) if self.p < LEVEL else 0
 
     def bootstrap(self) -> tuple[float, float]:
         """The percentile interval of the means of N numbers drawn again with replacement; takes milliseconds."""

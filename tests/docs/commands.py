@@ -181,7 +181,7 @@ def check_train(
 
     from lightning_base.program import command, sweep
     from lightning_base.program.job import plain_config
-    from lightning_base.program.plugins import store_routers
+    from lightning_base.program.plugins import offer_routers
     from lightning_base.program.read_config import check_loggers, read_config
 
     given = get_args_parser().parse_intermixed_args(arguments)
@@ -194,7 +194,7 @@ def check_train(
         overrides.append(f"hydra.searchpath=[file://{own / given.config_dir}]")
     if whole:
         overrides = [re.sub(r"^seed=(\d+),.*", r"seed=\1", override) for override in overrides]
-    store_routers(overrides, [file.stem for file in (command.CONF / "router").glob("*.yaml")])
+    offer_routers(overrides, command.CONF / "router")
     with hydra.initialize_config_dir(str(command.CONF), version_base="1.3", job_name="train"):
         opened = GlobalHydra.instance().hydra
         assert opened is not None

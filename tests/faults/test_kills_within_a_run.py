@@ -169,4 +169,4 @@ def test_what_changes_the_run_itself_is_still_refused(small_corpus: list[str], u
     changed = (*ARGUMENTS, "trainer.devices=2", "strategy=ddp", "seed=2", "data.global_batch=32")
     done = program.train(*small_corpus, *changed, f"hydra.run.dir={undisturbed}", routers=folder)
     assert done.returncode == 2
-    assert "holds a run with another data.global_batch, seed:" in done.stderr
+    assert "holds a run with data.global_batch=16, not 32; seed=1, not 2: choose" in done.stderr

@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import forks
 import pytest
@@ -353,6 +354,27 @@ def test_weights_that_do_not_fit_their_configuration_are_refused(folders: dict[s
     (tmp_path / "model.safetensors").symlink_to(folders["gpt2"] / "model.safetensors")
     with pytest.raises(ConfigError, match=r"do not fit its config\.json \(missing_keys: transformer\.h\.2"):
         sparse(str(tmp_path))
+
+
+def test_weights_that_cannot_be_loaded_are_found_before_anything_starts(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    def check(folder: Path, **given: Any) -> None:
+        found = options(str(folder), **given)
+        found.check(Switch(num_experts=4, width=WIDTH), vocab_size=8, sequence_length=8, within_documents=False)
+
+    check(folders["gpt2"])
+    with pytest.raises(ConfigError, match=r"model\.layers=\[\] makes no layer sparse"):
+        check(folders["gpt2"], layers=[])
+    by_hand("gpt2", n_inner=24).config.save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes((folders["gpt2"] / "model.safetensors").read_bytes())
+    shape = r"h\.0\.mlp\.c_fc\.bias in model\.safetensors is of the shape \[64\], and \[24\] by config\.json"
+    with pytest.raises(ConfigError, match=shape):
+        check(tmp_path)
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ConfigError, match=r"model\.safetensors is damaged"):
+        check(tmp_path)
 
 
 def test_matrices_of_experts_decay_and_their_biases_do_not() -> None:

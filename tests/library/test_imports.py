@@ -56,7 +56,7 @@ def test_the_layers_work_without_lightning_and_hydra(tmp_path: Path) -> None:
     assert not {"hydra", "omegaconf", "pytorch_lightning", "lightning_fabric", "tensorboard"} & loaded
 
 
-@pytest.mark.parametrize("name", [*lightning_base.__all__, *routing.__all__])
+@pytest.mark.parametrize("name", sorted({*lightning_base.__all__, *routing.__all__}))
 def test_every_public_name_is_there_and_says_what_it_is(name: str) -> None:
     value = getattr(lightning_base, name)
     assert value.__name__ == name

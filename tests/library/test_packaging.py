@@ -79,6 +79,16 @@ def test_the_lowest_versions_are_those_that_the_package_says_it_works_with() -> 
             assert Version(pins[name]) == Version(lowest), f"{name} {pins[name]} is tried, not {lowest}"
 
 
+@pytest.mark.parametrize("extra", sorted(PROJECT["optional-dependencies"].keys() - {"bench", "dev", "docs"}))
+def test_an_extra_asks_for_no_less_than_what_was_tried(extra: str) -> None:
+    tried = dict(line.lower().split("==") for line in (REPOSITORY / "constraints.txt").read_text().splitlines())
+    for requirement in map(Requirement, PROJECT["optional-dependencies"][extra]):
+        (lowest,) = (spec.version for spec in requirement.specifier if spec.operator == ">=")
+        pinned = Version(tried[canonicalize_name(requirement.name)])
+        assert pinned in requirement.specifier
+        assert pinned.release[: len(Version(lowest).release)] == Version(lowest).release, f"{requirement} was not tried"
+
+
 @pytest.mark.exhaustive
 def test_wheel_and_sdist_build_clean_and_hold_the_same(wheel: Path, tmp_path: Path) -> None:
     source, built = copy_source(tmp_path), tmp_path / "built"

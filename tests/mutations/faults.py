@@ -378,8 +378,8 @@ FAULTS = [
     Fault(
         "the report forgets how many arms it compares",
         "report/answer.py",
-        "corrected = holm([contrast.interval.p for contrast in found])",
-        "corrected = [contrast.interval.p for contrast in found]",
+        "corrected = holm([gap.p for gap in found.values()])",
+        "corrected = [gap.p for gap in found.values()]",
         "report/test_answer.py",
     ),
     Fault(
@@ -388,6 +388,27 @@ FAULTS = [
         'BY_SEED = ("batch_fingerprint", "initial_weights_fingerprint")',
         'BY_SEED = ("initial_weights_fingerprint",)',
         "report/test_fairness.py",
+    ),
+    Fault(
+        "seeds of a router before and after it was changed are one arm",
+        "results/fairness.py",
+        '    ROUTER_SOURCES,\n    "module',
+        '    "module',
+        "report/test_fairness.py",
+    ),
+    Fault(
+        "a run goes on with a plugin that has changed",
+        "program/job.py",
+        "if then != now:",
+        "if False:",
+        "test_plugins.py",
+    ),
+    Fault(
+        "the sources of a router are those of its own package alone",
+        "program/sources.py",
+        "for kind in resolve(target, key, object).__mro__}",
+        "for kind in resolve(target, key, object).__mro__[:1]}",
+        "test_plugins.py",
     ),
     Fault(
         "a mistake in the last arm of a sweep shows when its turn has come",

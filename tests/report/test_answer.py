@@ -84,8 +84,8 @@ def test_one_seed_ranks_nothing(tmp_path: Path) -> None:
 
 def test_only_seeds_that_both_arms_have_are_compared(tmp_path: Path) -> None:
     section = section_of(tmp_path, BASE=(*BASE, 5.6), Switch=SWITCH)
-    (contrast,) = all_contrasts(section.comparison)
-    assert contrast.interval.values == pytest.approx((-1.0, -0.6, -0.5))
+    ((gap,),) = (gaps.values() for gaps in all_contrasts(section.comparison).values())
+    assert gap.values == pytest.approx((-1.0, -0.6, -0.5))
     assert section.cautions == [
         "Not every arm has every seed: Switch lacks 4. Differences are over the seeds that both arms have."
     ]
@@ -126,8 +126,8 @@ def test_a_loss_that_looks_at_later_tokens_wins_nothing(tmp_path: Path) -> None:
 def test_a_loss_that_is_not_finite_is_in_no_difference(tmp_path: Path) -> None:
     section = section_of(tmp_path, BASE=BASE, Switch=SWITCH, TopK=(5.0, 5.1, float("inf")))
     assert "A validation loss is not finite, and is in no difference: TopK." in section.cautions
-    contrasts = all_contrasts(section.comparison)
-    assert [(one.arm.router, len(one.interval.values)) for one in contrasts] == [("Switch", 3), ("TopK", 2)]
+    (gaps,) = all_contrasts(section.comparison).values()
+    assert [(arm.router, len(gap.values)) for arm, gap in gaps.items()] == [("Switch", 3), ("TopK", 2)]
 
 
 def test_a_single_shared_seed_is_not_ranked_beside_arms_with_several(tmp_path: Path) -> None:
@@ -181,7 +181,8 @@ def test_speeds_of_runs_that_shared_the_machine_are_not_compared(tmp_path: Path)
 
 def test_a_difference_that_rests_on_uncertain_speeds_is_not_marked(tmp_path: Path) -> None:
     section = section_of(tmp_path, BASE=BASE, Switch=(4.0, 4.2, 4.45))
-    (sure,) = (found for found in all_contrasts(section.comparison) if found.decided)
+    (gaps,) = all_contrasts(section.comparison).values()
+    (sure,) = (gap for gap in gaps.values() if gap.decided)
     assert isinstance(difference(sure), Strong)
     assert not isinstance(difference(sure, "§"), Strong)
     assert difference(sure, "§") == difference(sure) + "§"

@@ -114,6 +114,76 @@ def test_uncommitted_code_is_labelled(tmp_path: Path) -> None:
     assert "uncommitted" in section.cautions[0]
 
 
+def program(version: str, digit: str) -> dict[str, Any]:
+    """What the manifest of a run says of the package that trained it."""
+    return {"program": {"lightning_base": {"version": version, "source_sha256": digit * 64}}}
+
+
+@pytest.mark.parametrize("commit", [None, f"{'a' * 40}-dirty"])
+def test_code_of_one_hash_is_the_same_code_whatever_is_known_of_its_commit(commit: str | None, tmp_path: Path) -> None:
+    for router in ("BASE", "Switch"):
+        write_run(tmp_path / router, router, manifest={"git_commit": commit, "sources": program("0.1.0", "a")})
+    (section,) = build(tmp_path).sections
+    assert section.cautions == []
+    assert section.made_with["code"] == f"lightning_base 0.1.0 ({'a' * 12}…)"
+    # The program may have been installed for one of them.
+    write_run(tmp_path / "clone", "Dense", manifest={"git_commit": "b" * 40, "sources": program("0.1.0", "a")})
+    (section,) = build(tmp_path).sections
+    assert section.labels == ["BASE", "Switch", "Dense"]
+    # A run that was made before this was written has no hash, and cannot be told to be of the same code.
+    write_run(tmp_path / "older", "TopK", manifest={"git_commit": commit})
+    _, older = build(tmp_path).sections
+    assert older.labels == ["TopK"]
+    assert older.cautions[0].endswith("that all arms ran the same code is not certain.")
+
+
+def test_another_version_without_a_commit_is_another_table(tmp_path: Path) -> None:
+    for router, version, digit in (("BASE", "0.1.0", "a"), ("Switch", "0.2.0", "b")):
+        write_run(tmp_path / router, router, manifest={"git_commit": None, "sources": program(version, digit)})
+    _, apart = build(tmp_path).sections
+    assert apart.apart == [
+        f"sources.program.lightning_base.source_sha256: {'b' * 12}… here, {'a' * 12}… in the first table",
+        "sources.program.lightning_base.version: 0.2.0 here, 0.1.0 in the first table",
+    ]
+
+
+def plugin(digit: str) -> dict[str, Any]:
+    """What the manifest of a run with a router of another package has of it."""
+    return {"sources": {"router": {"their_package": {"version": "1.2", "source_sha256": digit * 64}}}}
+
+
+def test_a_plugin_that_was_changed_between_seeds_is_two_arms(tmp_path: Path) -> None:
+    for seed, digit in ((1, "a"), (2, "b"), (3, "b")):
+        write_run(tmp_path / f"base{seed}", "BASE", seed=seed)
+        write_run(tmp_path / f"theirs{seed}", "Theirs", 4.5, seed=seed, manifest=plugin(digit))
+    (section,) = build(tmp_path).sections
+    old, new = (f"Theirs (source_sha256={digit * 12}…)" for digit in "ab")
+    assert section.labels == ["BASE", old, new]
+    assert [arm.seeds for arm in section.comparison.arms] == [(1, 2, 3), (1,), (2, 3)]
+    assert section.made_with["code"] == f"their_package 1.2 ({'a' * 12}…) and their_package 1.2 ({'b' * 12}…)"
+    assert any(
+        caution == f"A plugin was changed between runs of one router, which are arms of their own: {old} is of "
+        f"their_package 1.2 ({'a' * 12}…), {new} of their_package 1.2 ({'b' * 12}…)."
+        for caution in section.cautions
+    )
+
+
+def test_a_changed_plugin_without_other_arms_is_named_between_two_tables(tmp_path: Path) -> None:
+    for seed, digit in ((1, "a"), (2, "b")):
+        write_run(tmp_path / str(seed), "Theirs", seed=seed, manifest=plugin(digit))
+    _, apart = build(tmp_path).sections
+    assert apart.apart[-1] == (
+        f"Theirs is of their_package 1.2 ({'b' * 12}…), Theirs of their_package 1.2 ({'a' * 12}…)"
+    )
+
+
+def test_steps_of_an_earlier_source_keep_a_run_out_of_the_table(experiment: Path) -> None:
+    earlier = {"earlier_sources": [plugin("a")["sources"]]}
+    write_run(experiment / "other", "Theirs", 4.8, manifest={**plugin("b"), **earlier})
+    _, apart = build(experiment).sections
+    assert apart.apart == [f"earlier_sources: 1.2, {'a' * 12}… here, nothing in the first table"]
+
+
 TAMPERED = {
     "result>final/loss": 4.0,
     "result>final/perplexity": 50.0,
