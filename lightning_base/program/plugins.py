@@ -8,6 +8,7 @@ import importlib.metadata
 import inspect
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -102,10 +103,12 @@ class Routers(dict[str, Any]):
             named = [name for name, own in self.ours.items() if f"_target_: {target}\n" in own.read_text()]
             names = ", ".join(named or self.ours)
             raise ConfigError(f"router={target} is of lightning_base, whose routers have short names: router={names}")
+        node = OmegaConf.create({"_target_": target}, flags={"struct": False})  # takes options not known yet
         if is_declared(target, self.declared):
-            node = OmegaConf.create(node_of(target))
-        else:
-            node = OmegaConf.create({"_target_": target}, flags={"struct": False})  # takes options not known yet
+            with suppress(
+                ConfigError
+            ):  # Hydra asks for every router when it lists them; `complete` says it of the chosen
+                node = OmegaConf.create(node_of(target))
         return ConfigNode(name=file, node=node, group="router", package=None, provider=GROUP)
 
 

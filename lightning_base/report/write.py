@@ -66,7 +66,7 @@ def write_report(*directories: str | Path, quiet: bool = False) -> Path:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The program behind ``experiments/report.py``; gives the exit code."""
-    parser = argparse.ArgumentParser(prog="report.py", description="Writes the tables and figures of what has run.")
+    parser = argparse.ArgumentParser(prog="report", description="Writes the tables and figures of what has run.")
     parser.add_argument("names", nargs="+", metavar="NAME_OR_DIRECTORY", help="a name is looked for in runs/")
     try:
         write_report(*map(find, parser.parse_args(arguments).names))

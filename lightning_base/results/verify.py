@@ -57,7 +57,7 @@ def sound_runs(*directories: Path) -> tuple[list[Run], list[LeftOut]]:
         if not jobs:
             deeper = sorted({path.parent.parent.name for path in directory.glob("*/*/status.json")})
             hint = f"its folders {', '.join(deeper[:8])} do" if deeper else "runs are folders with a status.json"
-            left_out.append(LeftOut(directory.name, str(directory), "empty", f"it holds no run; {hint}"))
+            left_out.append(LeftOut(directory.name, str(directory), "no experiment", f"it holds no run; {hint}"))
     return sound, left_out
 
 
