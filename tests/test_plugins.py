@@ -5,7 +5,6 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
 
 import forks
 import program
@@ -246,13 +245,13 @@ def test_a_run_is_not_half_of_one_router_and_half_of_another(small_corpus: list[
 def test_steps_of_an_earlier_source_stay_known(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = RunDirectory(tmp_path)
     before, now = ({"router": {"their_package": {"version": "1", "source_sha256": digit * 64}}} for digit in "ab")
-    trainer = Mock(pl.Trainer, world_size=1, accumulate_grad_batches=1, global_step=2, is_global_zero=True)
+    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_model_summary=False)
     state: dict[str, Any] = {"layouts": [], "sources": []}
     for sources, expected in ((before, []), (before, []), (now, [before])):
         certificate = Certificate(run, {"strategy": {"name": "single"}})
         certificate.load_state_dict(state)
         run.write_manifest(sources=sources)
-        certificate.on_train_start(trainer, Mock(pl.LightningModule))
+        certificate.on_train_start(trainer, pl.LightningModule())
         assert run.manifest()["earlier_sources"] == expected
         assert ("the code is not that of the steps so far" in capsys.readouterr().err) == bool(expected)
         state = certificate.state_dict()
