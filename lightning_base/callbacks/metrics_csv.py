@@ -9,6 +9,8 @@ from typing import Any
 from lightning_fabric.utilities.rank_zero import rank_zero_only
 from pytorch_lightning.loggers.logger import Logger
 
+from lightning_base.distributed.reduction import rank_of_this_process
+
 COLUMNS = ("step", "seconds", "name", "value")
 
 
@@ -24,12 +26,9 @@ class MetricsCsv(Logger):
     def __init__(self, path: Path, seconds: Callable[[], float], resumed_step: int | None = None) -> None:
         super().__init__()
         self.path, self._seconds = path, seconds
-        if self.rank == 0:
+        # Another rank would read the file before it is cut, and put it back after.
+        if rank_of_this_process() == 0:
             start_csv(path, COLUMNS, resumed_step)
-
-    @property
-    def rank(self) -> int:
-        return getattr(rank_zero_only, "rank", 0) or 0
 
     @property
     def name(self) -> str:

@@ -1,5 +1,6 @@
 """What ranks tell each other: sums, many in one collective, and objects; and who they are."""
 
+import os
 from collections.abc import Callable, Hashable, Mapping
 from typing import TypeVar
 
@@ -14,6 +15,14 @@ T = TypeVar("T")
 def rank() -> int:
     """The number of this process in the process group; 0 without one."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def rank_of_this_process() -> int:
+    """As torchrun has numbered it, before there is a process group.
+
+    Lightning's ``rank_zero_only.rank`` is 0 on every rank until there is a Trainer, if the processes were forked.
+    """
+    return int(os.environ.get("RANK", 0))
 
 
 def world_size() -> int:

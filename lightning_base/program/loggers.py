@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lightning_fabric.utilities.rank_zero import rank_zero_only
 from pytorch_lightning.loggers import Logger, MLFlowLogger, WandbLogger
 
+from lightning_base.distributed.reduction import rank_of_this_process
 from lightning_base.program.config import Config
 
 
@@ -63,7 +63,7 @@ def mlflow_logger(config: Config, directory: Path) -> Logger:
         artifact_location=directory.parent.as_uri(),
         run_id=kept.read_text() if kept.exists() else None,
     )
-    if not getattr(rank_zero_only, "rank", 0):
+    if rank_of_this_process() == 0:
         kept.write_text(str(logger.run_id))
     return logger
 

@@ -28,6 +28,7 @@ from lightning_base.callbacks.metrics_csv import MetricsCsv
 from lightning_base.callbacks.progress import ArmProgressBar, ProgressFile
 from lightning_base.callbacks.saving import PeriodicCheckpoint, PreemptedError, Preemption
 from lightning_base.callbacks.tensorboard import Board
+from lightning_base.distributed.reduction import rank_of_this_process
 from lightning_base.instantiation import ConfigError
 from lightning_base.program import checkpoint
 from lightning_base.program.build import build_callbacks, build_data, build_module, build_trainer, threads_per_rank
@@ -196,11 +197,6 @@ def main(directory: Path) -> int:
         job.write_status("preempted", step=heart.step, signal=result.signal)
     # torchrun would start a rank anew, and end the others, for any other code.
     return PREEMPTED if result.state == "preempted" and config.trainer.world_size == 1 else 0
-
-
-def rank_of_this_process() -> int:
-    """As torchrun has numbered it, before there is a process group."""
-    return int(os.environ.get("RANK", 0))
 
 
 def rank(directory: Path) -> NoReturn:
