@@ -113,7 +113,11 @@ CASES = {
     "no callbacks": (["callbacks=3"], "callbacks=3 names no choice: leave it out, or write ~callbacks"),
     "an arm more than a run has": (
         ["router=base,switch"],
-        "router=base,switch is several values: write -m in front to train each, or router=[base,switch] for a list",
+        "router=base,switch is several values: write -m in front to train each",
+    ),
+    "a list without its brackets": (
+        ["data.corpus.files=a.txt,b.txt"],
+        "write -m in front to train each, or data.corpus.files=[a.txt,b.txt] for a list",
     ),
     "a number among groups of options": (["callbacks.alarms=3"], "callbacks.alarms=3 should be a group of options"),
     "a number for files": (["data=text", "data.corpus.files=3"], "data.corpus.files=3 should be a text or a list of"),

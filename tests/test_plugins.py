@@ -1,7 +1,6 @@
 """Routers of another package: named on the command line, written into the certificate, refused where not declared."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,103 +8,14 @@ from typing import Any
 import forks
 import program
 import pytest
-import pytorch_lightning as pl
+from their_package import install
 
 import lightning_base
-from lightning_base.callbacks.certificate import Certificate
 from lightning_base.instantiation import ConfigError
 from lightning_base.program import plugins
-from lightning_base.program.run_directory import RunDirectory
-from lightning_base.program.sources import git_commit, source_hash
+from lightning_base.program.sources import source_hash
 
 CONF = program.REPOSITORY / "lightning_base" / "conf"
-SOURCE = '''
-from dataclasses import replace
-
-import torch
-from pytorch_lightning import Callback
-from lightning_base import Router, RoutingPlan
-from lightning_base.routing.plan import count_by_group
-
-
-class MyRouter(Router):
-    """The expert is the token's number, moved by an offset."""
-
-    def __init__(self, *, num_experts: int, offset: int = 1) -> None:
-        super().__init__(num_experts=num_experts)
-        self.offset = offset
-
-    def forward(self, tokens, token_ids, groups):
-        token_index = torch.arange(len(tokens))
-        expert_index = (token_ids + self.offset) % self.num_experts
-        demand = count_by_group(groups, self.num_experts, token_index, expert_index)
-        return RoutingPlan(
-            token_index=token_index,
-            expert_index=expert_index,
-            weight=tokens.new_ones(len(tokens)),
-            group_demand=demand,
-            groups=groups,
-        )
-
-
-class NoRouter:
-    pass
-
-
-class Outer:
-    class Inner(MyRouter):
-        pass
-
-
-class NoForward(Router):
-    def __init__(self, *, num_experts: int) -> None:
-        super().__init__(num_experts=num_experts)
-
-
-class Pair(NoForward):
-    def forward(self, tokens, token_ids, groups):
-        return tokens, token_ids
-
-
-class Beyond(MyRouter):
-    def forward(self, tokens, token_ids, groups):
-        return replace(super().forward(tokens, token_ids, groups), expert_index=token_ids * 0 + 99)
-
-
-class Picky(MyRouter):
-    def __init__(self, *, num_experts: int) -> None:
-        assert num_experts == 4
-        super().__init__(num_experts=num_experts)
-
-
-class BadCallback(Callback):
-    def __init__(self):
-        raise RuntimeError("no\\nluck")
-
-
-class MyCallback(Callback):
-    def __init__(self, path, clock, word="steps"):
-        self.path, self.clock, self.word = path, clock, word
-
-    def on_train_end(self, trainer, module):
-        self.path.write_text(f"{trainer.global_step} {self.word}, {self.clock.seconds > 0}")
-
-    @property
-    def results(self):
-        return {"final/mine": 7.0}
-'''
-
-
-def install(folder: Path, package: str, name: str | None = None) -> None:
-    """A package with a router in ``folder``; with ``name``, as installed with an entry point of that name."""
-    (folder / package).mkdir(parents=True)
-    (folder / package / "__init__.py").write_text(SOURCE)
-    if name is not None:
-        information = folder / f"{package}-1.2.dist-info"
-        information.mkdir()
-        (information / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.2\n")
-        (information / "top_level.txt").write_text(f"{package}\n")
-        (information / "entry_points.txt").write_text(f"[{plugins.GROUP}]\n{name} = {package}:MyRouter\n")
 
 
 def test_a_sweep_over_a_router_of_ours_and_one_of_theirs(small_corpus: list[str], tmp_path: Path) -> None:
@@ -194,105 +104,6 @@ def test_a_plan_that_is_none_names_the_router(small_corpus: list[str], tmp_path:
     pair, beyond = done.stderr.splitlines()[-2:]
     assert pair.endswith("TypeError: Pair.forward gave a tuple, and not a RoutingPlan")
     assert beyond.endswith("(Beyond.forward gave expert_index=99: experts are numbered from 0 to 7)")
-
-
-FAILS = """
-from their_package import MyRouter
-import torch
-
-
-class Fails(MyRouter):
-    def __init__(self, *, num_experts: int) -> None:
-        super().__init__(num_experts=num_experts)
-        self.register_buffer("step", torch.zeros((), dtype=torch.int64))
-
-    def end_step(self, sums):
-        self.step += 1
-        if self.step == 3:
-            raise RuntimeError("mend me")
-"""
-
-
-def test_a_run_is_not_half_of_one_router_and_half_of_another(small_corpus: list[str], tmp_path: Path) -> None:
-    install(tmp_path, "their_package")
-    source = tmp_path / "failing_router.py"
-    with_packages = {**program.environment(), "PYTHONPATH": f"{program.REPOSITORY}:{tmp_path}"}
-
-    def train(name: str, *more: str) -> tuple[int, str]:
-        arguments = ("plugins=[failing_router]", "router=failing_router.Fails", "trainer.max_steps=4", *more)
-        arguments += ("trainer.checkpoint_every_n_steps=2",)
-        command = program.command(*small_corpus, *arguments, f"runs_dir={tmp_path}/runs", f"name={name}")
-        done = forks.run(command, environment=with_packages)
-        return done.returncode, done.stderr
-
-    for step, name in ((1, "unsaved"), (3, "saved")):
-        source.write_text(FAILS.replace("== 3", f"== {step}"))
-        assert train(name)[0] == 1
-    source.write_text(FAILS.replace("== 3", "== 0"))
-    code, said = train("saved")
-    assert code == 2
-    assert "router._target_ is of failing_router, which has changed since the run" in said
-    assert said.strip().endswith("put it back, choose another name=..., or start over with resume=never")
-    # Nothing that was computed with the old one would be kept.
-    assert train("saved", "resume=never")[0] == 0
-    assert train("unsaved")[0] == 0
-    manifest = program.read(program.only_job(tmp_path / "runs", "saved") / "manifest.json")
-    # What it inherits from counts too.
-    assert list(manifest["sources"]["router"]) == ["failing_router", "their_package"]
-    assert manifest["earlier_sources"] == []
-
-
-def test_steps_of_an_earlier_source_stay_known(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run = RunDirectory(tmp_path)
-    before, now = ({"router": {"their_package": {"version": "1", "source_sha256": digit * 64}}} for digit in "ab")
-    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_model_summary=False)
-    state: dict[str, Any] = {"layouts": [], "sources": []}
-    for sources, expected in ((before, []), (before, []), (now, [before])):
-        certificate = Certificate(run, {"strategy": {"name": "single"}})
-        certificate.load_state_dict(state)
-        run.write_manifest(sources=sources)
-        certificate.on_train_start(trainer, pl.LightningModule())
-        assert run.manifest()["earlier_sources"] == expected
-        assert ("the code is not that of the steps so far" in capsys.readouterr().err) == bool(expected)
-        state = certificate.state_dict()
-
-
-def test_the_commit_is_that_of_the_package_and_not_of_the_repository_it_is_installed_in(tmp_path: Path) -> None:
-    def git(*arguments: str) -> str:
-        who = ("-c", "user.name=me", "-c", "user.email=me@example.org")
-        return subprocess.run(
-            ["git", *who, *arguments], cwd=tmp_path, check=True, capture_output=True, text=True
-        ).stdout
-
-    installed = tmp_path / "lib" / "sources.py"
-    installed.parent.mkdir()
-    installed.write_text("first = 1\n")
-    assert git_commit(installed) is None
-    git("init")
-    (tmp_path / "thesis.tex").write_text("mine")
-    git("add", "thesis.tex")
-    git("commit", "-m", "mine")
-    assert git_commit(installed) is None
-    git("add", "lib")
-    git("commit", "-m", "a copy of the package")
-    commit = git("rev-parse", "HEAD").strip()
-    assert git_commit(installed) == commit
-    installed.write_text("first = 2\n")
-    assert git_commit(installed) == f"{commit}-dirty"
-
-
-@pytest.mark.parametrize("kind", ["a module", "a package", "a folder without an __init__.py"])
-def test_the_hash_of_a_source_changes_with_it(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(tmp_path))
-    name = f"changing_{len(kind)}"
-    file = tmp_path / f"{name}.py" if kind == "a module" else tmp_path / name / "part.py"
-    file.parent.mkdir(exist_ok=True)
-    if kind == "a package":
-        (tmp_path / name / "__init__.py").touch()
-    file.write_text("first = 1\n")
-    before = source_hash(name)
-    file.write_text("first = 2\n")
-    assert source_hash(name) != before
 
 
 @pytest.fixture

@@ -57,7 +57,9 @@ def explain(error: Exception) -> str:
     several = re.search(r"Ambiguous value for argument '([^']+)'", text)
     if several:
         key, _, values = several.group(1).partition("=")
-        return f"{several.group(1)} is several values: write -m in front to train each, or {key}=[{values}] for a list"
+        # A list is nothing for a group, or a key at the top.
+        a_list = f", or {key}=[{values}] for a list" * ("." in key)
+        return f"{several.group(1)} is several values: write -m in front to train each{a_list}"
     cause = error.__cause__
     if isinstance(error, ConfigCompositionException) or "is not in struct" in text:
         found = re.search(r"Could not (?:override|delete)[^']*'([^']+)'", text)
